@@ -1,0 +1,103 @@
+// The block of scalars that every optimizer rule reads: formed in double, in one fixed order, never by pow or exp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace gradkern {
+
+// Positions in the fp64 block that step_scalars_ writes.
+enum StepScalar : int64_t {
+  kNorm = 0,            // L2 norm of the unscaled gradient, before clipping
+  kGradMultiplier = 1,  // clip coefficient / loss scale, rounded to fp32
+  kSkip = 2,            // 1 when found_inf asked for the step to be skipped
+  kClipCoef = 3,        // min(1, max_norm / (norm + 1e-6))
+  kStepScalars = 4,
+};
+
+// An exact sum of non-negative doubles that are multiples of 2^-320 and below 2^320, kept as 32-bit limbs in 64-bit
+// words: integer addition, so the result does not depend on order. A Kulisch accumulator cut to the range that sums
+// of squares of fp32 values have.
+class ExactSum {
+ public:
+  static constexpr int64_t kLimbs = 22;
+  static constexpr int64_t kBias = 320;
+
+  void add(double x) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, &x, 8);
+    const int64_t exponent = static_cast<int64_t>((bits >> 52) & 0x7FF);
+    if (exponent == 0x7FF) {
+      (std::isnan(x) ? nan_ : inf_) = true;
+      return;
+    }
+    if (exponent == 0) {
+      return;  // zero: squares of fp32 values are zero or at least 2^-298
+    }
+    const uint64_t mantissa = (bits & 0xFFFFFFFFFFFFFull) | (1ull << 52);
+    const int64_t position = exponent - 1075 + kBias;
+    const int64_t limb = position >> 5;
+    const int64_t shift = position & 31;
+    const uint64_t low = (mantissa & kMask) << shift;
+    const uint64_t high = (mantissa >> 32) << shift;
+    limbs_[limb] += low & kMask;
+    limbs_[limb + 1] += (low >> 32) + (high & kMask);
+    limbs_[limb + 2] += high >> 32;
+  }
+
+  // The sum as a double: carries first, then limbs from the lowest to the highest, each addition rounded.
+  double value() const {
+    if (nan_ || inf_) {
+      return nan_ ? __builtin_nan("") : __builtin_inf();
+    }
+    double sum = 0.0;
+    double weight = 0x1p-320;
+    uint64_t carry = 0;
+    for (int64_t k = 0; k < kLimbs; ++k) {
+      const uint64_t word = limbs_[k] + carry;
+      sum += static_cast<double>(word & kMask) * weight;
+      carry = word >> 32;
+      weight *= 0x1p32;
+    }
+    return sum;
+  }
+
+ private:
+  static constexpr uint64_t kMask = 0xFFFFFFFFull;
+  uint64_t limbs_[kLimbs] = {};
+  bool nan_ = false;
+  bool inf_ = false;
+};
+
+// base^n by binary exponentiation from the lowest bit, the order that every backend keeps.
+inline double power(double base, int64_t n) {
+  double result = 1.0;
+  while (n > 0) {
+    if (n & 1) {
+      result *= base;
+    }
+    base *= base;
+    n >>= 1;
+  }
+  return result;
+}
+
+inline AdamWScalars adamw_scalars(double grad_multiplier, int64_t step, double lr, double beta1, double beta2,
+                                  double eps, double weight_decay, bool maximize) {
+  const double bias1 = 1.0 - power(beta1, step);
+  const double bias2 = 1.0 - power(beta2, step);
+  AdamWScalars s;
+  s.grad_multiplier = static_cast<float>(maximize ? -grad_multiplier : grad_multiplier);
+  s.decay = static_cast<float>(1.0 - lr * weight_decay);
+  s.grad_weight = static_cast<float>(1.0 - beta1);
+  s.beta2 = static_cast<float>(beta2);
+  s.sq_weight = static_cast<float>(1.0 - beta2);
+  s.inv_bias2_sqrt = static_cast<float>(1.0 / std::sqrt(bias2));
+  s.eps = static_cast<float>(eps);
+  s.step_size = static_cast<float>(lr / bias1);
+  return s;
+}
+
+}  // namespace gradkern

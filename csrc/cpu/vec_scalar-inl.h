@@ -1,0 +1,85 @@
+// One lane, plain C++: the baseline of every architecture. The compiler widens it as far as the baseline allows.
+#define GRADKERN_INLINE __attribute__((always_inline)) inline
+
+struct F32 {
+  static constexpr int64_t kLanes = 1;
+  float v;
+
+  static GRADKERN_INLINE F32 all(float x) { return {x}; }
+  static GRADKERN_INLINE F32 load(const float* p) { return {*p}; }
+  GRADKERN_INLINE void store(float* p) const { *p = v; }
+  GRADKERN_INLINE void stream(float* p) const { *p = v; }
+
+  static GRADKERN_INLINE F32 load_bf16(const uint16_t* p) {
+    const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return {x};
+  }
+
+  GRADKERN_INLINE void store_bf16(uint16_t* p) const {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &v, 4);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    *p = v == v ? static_cast<uint16_t>(rounded) : static_cast<uint16_t>(0x7FC0u);
+  }
+
+  static GRADKERN_INLINE F32 load_f16(const uint16_t* p) {
+    const uint32_t sign = (static_cast<uint32_t>(*p) & 0x8000u) << 16;
+    const uint32_t magnitude = *p & 0x7FFFu;
+    // Exponent and mantissa moved into place, then scaled by 2^112: exact for normal and subnormal halves.
+    uint32_t bits = magnitude << 13;
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    x *= 5.192296858534828e33f;  // 2^112
+    __builtin_memcpy(&bits, &x, 4);
+    if (magnitude >= 0x7C00u) {
+      bits = 0x7F800000u | (magnitude << 13);
+    }
+    bits |= sign;
+    __builtin_memcpy(&x, &bits, 4);
+    return {x};
+  }
+
+  GRADKERN_INLINE void store_f16(uint16_t* p) const {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &v, 4);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7FFFFFFFu;
+    uint32_t half;
+    if (magnitude > 0x7F800000u) {
+      half = 0x7E00u;
+    } else if (magnitude >= 0x477FF000u) {  // rounds to 2^16 or more
+      half = 0x7C00u;
+    } else if (magnitude >= 0x38800000u) {  // normal half
+      half = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+    } else {
+      // Adding 0.5 aligns the value so that the FPU rounds at the last bit of a subnormal half.
+      float x;
+      __builtin_memcpy(&x, &magnitude, 4);
+      x += 0.5f;
+      __builtin_memcpy(&half, &x, 4);
+      half -= 0x3F000000u;
+    }
+    *p = static_cast<uint16_t>(half | sign);
+  }
+
+  GRADKERN_INLINE F32 operator+(F32 o) const { return {v + o.v}; }
+  GRADKERN_INLINE F32 operator-(F32 o) const { return {v - o.v}; }
+  GRADKERN_INLINE F32 operator*(F32 o) const { return {v * o.v}; }
+  GRADKERN_INLINE F32 operator/(F32 o) const { return {v / o.v}; }
+  static GRADKERN_INLINE F32 sqrt(F32 x) { return {__builtin_sqrtf(x.v)}; }
+  // NaN if either is NaN, as torch.maximum.
+  static GRADKERN_INLINE F32 maximum(F32 a, F32 b) { return {a.v > b.v || a.v != a.v ? a.v : b.v}; }
+};
+
+// Squares of kLanes floats, exact in double.
+struct Squares {
+  double v;
+  explicit GRADKERN_INLINE Squares(F32 x) : v(static_cast<double>(x.v) * static_cast<double>(x.v)) {}
+  GRADKERN_INLINE Squares operator+(Squares o) const {
+    o.v = v + o.v;
+    return o;
+  }
+  GRADKERN_INLINE void store(double* p) const { *p = v; }
+};

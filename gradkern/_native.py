@@ -1,0 +1,61 @@
+"""Finds and loads ``_C.so``, and remembers why it did not.
+
+The library only implements operators (torch's stable ABI, no Python API); their schemas are declared here, so that the
+namespace looks the same with and without it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gradkern import _env
+
+__all__ = ["isa", "unavailable_reason"]
+
+_LIBRARY = torch.library.Library("gradkern", "FRAGMENT")
+_SCHEMAS = (
+    "_sumsq_table_(Tensor table, int dtype, Tensor(a!) partials) -> ()",
+    "_accumulate_table_(Tensor table, int dtype, Tensor(a!)? partials, bool overwrite) -> ()",
+    "_step_scalars_native_(Tensor(a!) scalars, Tensor(b!)[] steps, Tensor[] partials, float max_norm, "
+    "float? grad_scale, bool skip) -> ()",
+    "_adamw_step_table_(Tensor table, Tensor scalars, int param_dtype, int grad_dtype, int state_dtype, float lr, "
+    "float beta1, float beta2, float eps, float weight_decay, bool maximize) -> ()",
+    "_triad_(Tensor(a!) out, Tensor a, Tensor b, bool streaming) -> ()",
+    "_isa() -> str",
+)
+
+
+def _load() -> str | None:
+    for schema in _SCHEMAS:
+        _LIBRARY.define(schema)
+    if not _env.native_wanted():
+        return "GRADKERN_NATIVE=0"
+    path = Path(__file__).with_name("_C.so")
+    if not path.exists():
+        return f"{path.name} is not built (install a C++ compiler and ninja, then reinstall with --no-build-isolation)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load with torch {torch.__version__}: {error}"
+    wanted = _env.cpu_isa()
+    chosen = torch.ops.gradkern._isa()
+    if wanted is not None and wanted != chosen:
+        raise ValueError(
+            f"GRADKERN_CPU_ISA is {wanted!r}, but this CPU runs at most {chosen!r}; unset it to choose automatically"
+        )
+    return None
+
+
+_REASON = _load()
+
+
+def unavailable_reason() -> str | None:
+    """Why the native library is off, or None when it is loaded."""
+    return _REASON
+
+
+def isa() -> str | None:
+    """Instruction set of the CPU loops, or None without the native library."""
+    return None if _REASON is not None else str(torch.ops.gradkern._isa())

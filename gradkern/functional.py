@@ -1,0 +1,202 @@
+"""Stateless functions over lists of tensors: the only module that calls ops.
+
+Eager calls pass a table of addresses straight to the chosen backend; traced calls (``torch.compile``) go through one
+registered op. Both run the same kernels. Mutated tensors get their version counter bumped, which kernels that write
+through addresses do not do by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.autograd.graph import increment_version
+
+from gradkern.ops import _registry
+from gradkern.ops._chunks import chunk_count
+from gradkern.ops._table import AddressTable, Operands
+from gradkern.ops.accumulate.spec import SPEC as ACCUMULATE
+from gradkern.ops.adamw_step.spec import SPEC as ADAMW_STEP
+from gradkern.ops.step_scalars import reference as scalar_layout
+from gradkern.ops.step_scalars.spec import SPEC as STEP_SCALARS
+from gradkern.ops.sumsq.spec import SPEC as SUMSQ
+
+__all__ = ["accumulate_", "adamw_step_", "new_partials", "new_scalars", "step_scalars_", "sumsq"]
+
+
+def new_partials(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """An uninitialised fp64 tensor with room for one partial per chunk of ``tensors``."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return torch.empty(sum(chunk_count(t.numel()) for t in tensors), dtype=torch.float64, device=device)
+
+
+def new_scalars(device: torch.device) -> torch.Tensor:
+    """A zeroed fp64 block for :func:`step_scalars_`: norm, gradient multiplier, skip flag, clip coefficient."""
+    return torch.zeros(scalar_layout.SIZE, dtype=torch.float64, device=device)
+
+
+def sumsq(
+    tensors: Sequence[torch.Tensor], partials: torch.Tensor | None = None, *, cache: AddressTable | None = None
+) -> torch.Tensor:
+    """Sum of squares of every chunk of 4,096 elements.
+
+    Args:
+        tensors: fp32, bf16 or fp16, all of one dtype and device, dense.
+        partials: fp64, shape ``(chunks,)``, overwritten; a new tensor when None.
+        cache: Table kept from the last call with the same tensors.
+
+    Returns:
+        The partials, in order of tensors.
+
+    Numerics:
+        Squares are exact in fp64, added in a fixed tree; same bits on every backend, thread count and ISA.
+    """
+    if torch.compiler.is_compiling():
+        traced: torch.Tensor = torch.ops.gradkern.sumsq.default(list(tensors))
+        return traced
+    if partials is None:
+        partials = new_partials(tensors)
+    operands = Operands(SUMSQ.name, {"tensors": tensors}, cache)
+    _registry.select(SUMSQ, partials.device)(operands, partials)
+    return partials
+
+
+def accumulate_(
+    main_grads: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    partials: torch.Tensor | None = None,
+    *,
+    overwrite: bool = False,
+    cache: AddressTable | None = None,
+) -> None:
+    """Fold micro-batch gradients into fp32 buffers, in place: ``main_grads += grads``, or ``= grads``.
+
+    Args:
+        main_grads: fp32, dense; mutated.
+        grads: fp32, bf16 or fp16, one dtype, same shapes and strides.
+        partials: fp64, shape ``(chunks,)``; receives the sum of squares per chunk of the new ``main_grads`` from the same
+            pass over memory. None: no norm is taken.
+        overwrite: Set instead of add; the old content is not read.
+        cache: Table kept from the last call with the same operands.
+
+    Numerics:
+        Gradients widen to fp32 exactly; one fp32 rounding per element.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.gradkern.accumulate_.default(list(main_grads), list(grads), partials, overwrite=overwrite)
+    else:
+        operands = Operands(ACCUMULATE.name, {"main_grads": main_grads, "grads": grads}, cache)
+        _registry.select(ACCUMULATE, operands.device())(operands, partials, overwrite=overwrite)
+    increment_version(main_grads)
+
+
+def step_scalars_(
+    scalars: torch.Tensor,
+    steps: Sequence[torch.Tensor],
+    partials: Sequence[torch.Tensor],
+    *,
+    max_norm: float | None = None,
+    grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """Form the scalars of a step and count it, on the device, without synchronising.
+
+    Args:
+        scalars: fp64, shape ``(4,)``; overwritten with norm, gradient multiplier, skip flag, clip coefficient.
+        steps: fp32 step counters; each gains one unless the step is skipped.
+        partials: fp64 partials of all gradients, from :func:`sumsq` or :func:`accumulate_`.
+        max_norm: Threshold of the L2 norm; None does not clip.
+        grad_scale: 0-dim loss scale that gradients still carry.
+        found_inf: 0-dim; non-zero skips the step.
+
+    Numerics:
+        The partials are summed exactly, so the norm does not depend on their order.
+    """
+    limit = math.inf if max_norm is None else max_norm
+    if torch.compiler.is_compiling():
+        torch.ops.gradkern.step_scalars_.default(
+            scalars, list(steps), list(partials), max_norm=limit, grad_scale=grad_scale, found_inf=found_inf
+        )
+        return
+    _registry.select(STEP_SCALARS, scalars.device)(
+        scalars, steps, partials, max_norm=limit, grad_scale=grad_scale, found_inf=found_inf
+    )
+
+
+def adamw_step_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    max_exp_avg_sqs: Sequence[torch.Tensor] | None,
+    steps: Sequence[torch.Tensor],
+    scalars: torch.Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    cache: AddressTable | None = None,
+) -> None:
+    """Clip and update in one pass over memory; gradients are read, never rewritten.
+
+    ``g = grads * multiplier``; ``m += (g - m)(1 - beta1)``; ``v = v beta2 + g g (1 - beta2)``;
+    ``p = p (1 - lr wd) - lr/(1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``.
+
+    Args:
+        params: fp32, bf16 or fp16, dense; mutated.
+        grads: Same shapes and strides, any of the three dtypes.
+        exp_avgs: First moments, any of the three dtypes; mutated.
+        exp_avg_sqs: Second moments, dtype of ``exp_avgs``; mutated.
+        max_exp_avg_sqs: Largest second moments (amsgrad), mutated; None without amsgrad.
+        steps: fp32 scalars, already counting this step (see :func:`step_scalars_`).
+        scalars: The block written by :func:`step_scalars_`; its skip flag leaves everything as it was.
+        lr: Learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        maximize: Ascend instead of descend.
+        cache: Table kept from the last call with the same operands.
+
+    Numerics:
+        fp32 arithmetic, one IEEE rounding per operation, no fused multiply-add; scalars formed in fp64. Same bits on
+        every backend.
+
+    Source:
+        Loshchilov & Hutter, arXiv 1711.05101, algorithm 2.
+    """
+    hyper = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "maximize": maximize,
+    }
+    if torch.compiler.is_compiling():
+        torch.ops.gradkern.adamw_step_.default(
+            list(params),
+            list(grads),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            list(max_exp_avg_sqs or ()),
+            list(steps),
+            scalars,
+            **hyper,
+        )
+    else:
+        columns = {
+            "params": params,
+            "grads": grads,
+            "exp_avgs": exp_avgs,
+            "exp_avg_sqs": exp_avg_sqs,
+            "max_exp_avg_sqs": max_exp_avg_sqs,
+            "steps": steps,
+        }
+        operands = Operands(ADAMW_STEP.name, columns, cache)
+        _registry.select(ADAMW_STEP, scalars.device)(operands, scalars, **hyper)
+    increment_version(params)

@@ -1,0 +1,1 @@
+"""Operators: one folder each, with its specification, reference, Triton kernel and samples."""

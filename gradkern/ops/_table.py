@@ -1,0 +1,188 @@
+"""Tables for speed: lists of tensors as one int64 tensor of sizes and addresses.
+
+Passing four lists of 1,500 tensors through the dispatcher costs more than the update of small tensors itself. A kernel
+gets instead one int64 table of shape ``(tensors, 2 + operands)``: element count, first chunk, then an address per
+operand. The table is rebuilt only where an address changed, and it never keeps a tensor alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from gradkern.ops._chunks import DTYPE_CODES, chunk_count, is_dense
+
+__all__ = ["AddressTable", "Operands"]
+
+Column = Sequence[torch.Tensor] | None
+
+_data_ptr = torch.Tensor.data_ptr
+
+
+class AddressTable:
+    """Sizes and addresses of the operands of one op, refreshed before each call.
+
+    Attributes:
+        chunks: Chunks of all rows together.
+    """
+
+    __slots__ = ("_addresses", "_data", "_device_data", "_dtypes", "_layouts", "chunks")
+
+    def __init__(self) -> None:
+        self._addresses: dict[str, list[int]] = {}
+        self._layouts: list[tuple[torch.Size, tuple[int, ...]]] = []
+        self._dtypes: dict[str, torch.dtype | None] = {}
+        self._data = torch.empty(0, 2, dtype=torch.int64)
+        self._device_data: torch.Tensor | None = None
+        self.chunks = 0
+
+    def refresh(self, op: str, columns: Mapping[str, Column]) -> torch.Tensor:
+        """Bring the table up to date and return it: int64, CPU, shape ``(tensors, 2 + len(columns))``.
+
+        Args:
+            op: Name of the op, for messages.
+            columns: Operand name to its tensors, all lists of one length; ``None`` leaves the addresses zero. The first
+                column gives the rows their layout. A column named ``steps`` holds one scalar tensor per row.
+
+        Raises:
+            ValueError: Lists of unequal length, mixed dtypes or devices in a column, or operands of unequal layout.
+            TypeError: A dtype that kernels do not store.
+        """
+        names = list(columns)
+        first = columns[names[0]]
+        if first is None:
+            raise ValueError(f"{op}: {names[0]} must be a list of tensors, got None")
+        if len(first) != self._data.shape[0] or names != list(self._addresses):
+            self._reset(len(first), names)
+        for position, (name, tensors) in enumerate(columns.items()):
+            addresses = [] if tensors is None else list(map(_data_ptr, tensors))
+            if addresses != self._addresses[name] or (tensors is not None and self._dtypes[name] is None):
+                self._rebuild(op, position, name, tensors, addresses, first)
+        return self._data
+
+    def on_device(self, device: torch.device) -> torch.Tensor:
+        """The current table on ``device``; on a GPU copied asynchronously from pinned memory when it changed."""
+        if device.type == "cpu":
+            return self._data
+        if self._device_data is None:
+            self._device_data = self._data.pin_memory().to(device, non_blocking=True)
+        return self._device_data
+
+    def dtype_code(self, name: str) -> int:
+        """Kernel code of the column's dtype; 0 for an empty column."""
+        dtype = self._dtypes[name]
+        return 0 if dtype is None else DTYPE_CODES[dtype]
+
+    def aligned(self, byte_count: int = 16) -> bool:
+        """Whether every operand but scalars starts at a multiple of ``byte_count``, as 128-bit accesses need."""
+        return all(
+            address % byte_count == 0
+            for name, addresses in self._addresses.items()
+            if name != "steps"
+            for address in addresses
+        )
+
+    def _reset(self, rows: int, names: list[str]) -> None:
+        self._addresses = {name: [] for name in names}
+        self._dtypes = dict.fromkeys(names)
+        self._layouts = []
+        self._data = torch.zeros(rows, 2 + len(names), dtype=torch.int64)
+        self._device_data = None
+        self.chunks = 0
+
+    def _rebuild(
+        self,
+        op: str,
+        position: int,
+        name: str,
+        tensors: Column,
+        addresses: list[int],
+        first: Sequence[torch.Tensor],
+    ) -> None:
+        if tensors is not None and len(tensors) != len(first):
+            raise ValueError(f"{op}: {name} has {len(tensors)} tensors, expected {len(first)} as in the first operand")
+        if tensors is not None and tensors:
+            self._check_column(op, name, tensors, first[0].device)
+        if position == 0:
+            self._set_layouts(op, name, first)
+        elif tensors is not None and name != "steps":
+            self._check_layouts(op, name, tensors)
+        self._data[:, 2 + position] = torch.tensor(addresses, dtype=torch.int64) if addresses else 0
+        self._addresses[name] = addresses
+        self._device_data = None
+
+    def _check_column(self, op: str, name: str, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
+        dtype = tensors[0].dtype
+        if dtype not in DTYPE_CODES:
+            raise TypeError(
+                f"{op}: {name}[0] has dtype {dtype}, kernels store {', '.join(map(str, DTYPE_CODES))}; "
+                "use backend='reference'"
+            )
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype != dtype or tensor.device != device:
+                raise ValueError(
+                    f"{op}: {name}[{i}] is {tensor.dtype} on {tensor.device}, expected {dtype} on {device} "
+                    "like the others; call once per dtype and device"
+                )
+        self._dtypes[name] = dtype
+
+    def _set_layouts(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        layouts = []
+        sizes = []
+        first_chunks = []
+        chunks = 0
+        for i, tensor in enumerate(tensors):
+            if not is_dense(tensor):
+                raise ValueError(
+                    f"{op}: {name}[{i}] has gaps or overlaps (shape {tuple(tensor.shape)}, stride {tensor.stride()}), "
+                    "expected dense memory; call .contiguous()"
+                )
+            layouts.append((tensor.shape, tensor.stride()))
+            numel = tensor.numel()
+            sizes.append(numel)
+            first_chunks.append(chunks)
+            chunks += chunk_count(numel)
+        self._layouts = layouts
+        self.chunks = chunks
+        self._data[:, 0] = torch.tensor(sizes, dtype=torch.int64)
+        self._data[:, 1] = torch.tensor(first_chunks, dtype=torch.int64)
+
+    def _check_layouts(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        for i, (tensor, (shape, stride)) in enumerate(zip(tensors, self._layouts, strict=True)):
+            if tensor.shape != shape or (tensor.stride() != stride and not tensor.numel() <= 1):
+                raise ValueError(
+                    f"{op}: {name}[{i}] has shape {tuple(tensor.shape)} and stride {tensor.stride()}, expected shape "
+                    f"{tuple(shape)} and stride {stride} as in the first operand; copy it into that layout first"
+                )
+
+
+class Operands:
+    """The tensors of one call, by operand name, with the table that kernels read.
+
+    Args:
+        op: Name of the op, for messages.
+        columns: Operand name to its tensors.
+        cache: Table kept from the last call with the same operands; a fresh one when None.
+    """
+
+    __slots__ = ("cache", "columns", "op")
+
+    def __init__(self, op: str, columns: Mapping[str, Column], cache: AddressTable | None = None) -> None:
+        self.op = op
+        self.columns = columns
+        self.cache = AddressTable() if cache is None else cache
+
+    def __getitem__(self, name: str) -> Sequence[torch.Tensor]:
+        return self.columns[name] or ()
+
+    def table(self) -> torch.Tensor:
+        """The up-to-date table on the CPU."""
+        return self.cache.refresh(self.op, self.columns)
+
+    def device(self) -> torch.device:
+        """Device of the first tensor; the CPU for empty lists."""
+        for tensors in self.columns.values():
+            if tensors:
+                return tensors[0].device
+        return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""What Triton kernels share: codecs, the fold tree, the chunk search, launch helpers."""

@@ -1,0 +1,112 @@
+"""Device functions shared by every kernel: codecs, the fold tree, the search for a chunk's tensor.
+
+The arithmetic contract: no fused multiply-add (kernels are compiled with ``enable_fp_fusion=False``), division and root
+rounded to nearest, no floating ``tl.sum`` (its order is the compiler's), minima and maxima that propagate NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(4096)
+
+# Dtype codes, as in gradkern.ops._chunks.DTYPE_CODES.
+FLOAT32 = tl.constexpr(0)
+BFLOAT16 = tl.constexpr(1)
+FLOAT16 = tl.constexpr(2)
+
+
+@triton.jit
+def typed_pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer to elements at an address read from the table; bf16 is handled as its bits."""
+    if DTYPE == FLOAT32:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif DTYPE == FLOAT16:
+        pointer = address.to(tl.pointer_type(tl.float16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int16))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_f32(pointer, offsets, size, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """Elements widened to fp32, exactly; zeros beyond ``size`` when masked."""
+    if MASKED:
+        x = tl.load(pointer + offsets, mask=offsets < size, other=0)
+    else:
+        x = tl.load(pointer + offsets)
+    if DTYPE == BFLOAT16:
+        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_f32(pointer, offsets, x, size, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """Store fp32 values rounded to nearest even; bf16 on the bits, because the interpreter's cast truncates."""
+    if DTYPE == BFLOAT16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        y = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.int16, bitcast=True)
+    elif DTYPE == FLOAT16:
+        y = x.to(tl.float16)
+    else:
+        y = x
+    if MASKED:
+        tl.store(pointer + offsets, y, mask=offsets < size)
+    else:
+        tl.store(pointer + offsets, y)
+
+
+@triton.jit
+def halve(x, OUTER: tl.constexpr, HALF: tl.constexpr):
+    """``x`` of ``OUTER * 2 * HALF`` values: add the two halves of each of OUTER runs."""
+    x = tl.permute(tl.reshape(x, [OUTER, 2, HALF]), (0, 2, 1))
+    low, high = tl.split(x)
+    return low + high
+
+
+@triton.jit
+def fold_chunk(x):
+    """Sum of squares of 4,096 fp32 values, fp64, shape (1,): the tree of gradkern.ops.sumsq.reference."""
+    wide = x.to(tl.float64)
+    y = wide * wide
+    y = halve(y, 32, 64)
+    y = halve(y, 32, 32)
+    y = halve(y, 32, 16)
+    y = halve(y, 1, 256)
+    y = halve(y, 1, 128)
+    y = halve(y, 1, 64)
+    y = halve(y, 1, 32)
+    y = halve(y, 1, 16)
+    y = halve(y, 1, 8)
+    y = halve(y, 1, 4)
+    y = halve(y, 1, 2)
+    y = halve(y, 1, 1)
+    return tl.reshape(y, [1])
+
+
+@triton.jit
+def find_row(table_ptr, rows, chunk, COLUMNS: tl.constexpr):
+    """Row of the tensor that ``chunk`` lies in: the last whose first chunk is not beyond it."""
+    low = tl.zeros([], tl.int64)
+    high = rows.to(tl.int64) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        first = tl.load(table_ptr + middle * COLUMNS + 1)
+        low = tl.where(first <= chunk, middle, low)
+        high = tl.where(first <= chunk, high, middle - 1)
+    return low
+
+
+@triton.jit
+def power(base, n):
+    """``base**n`` in fp64 by binary exponentiation from the lowest bit; n below 2^24, as counted in fp32."""
+    result = base * 0.0 + 1.0
+    for _ in range(24):
+        result = tl.where((n & 1) != 0, result * base, result)
+        base = base * base
+        n = n >> 1
+    return result

@@ -1,0 +1,1 @@
+"""AdamW with clipping folded in: parameters and state in one pass, gradients untouched."""

@@ -1,0 +1,100 @@
+"""Reference of ``step_scalars_``: an exact, order-independent sum of the partials, then the scalars in fp64.
+
+The exact sum is a Kulisch accumulator cut to the range of sums of squares of fp32 values: 32-bit limbs in 64-bit
+integers, so that additions commute (order independence after Demmel, Ahrens & Nguyen, ReproBLAS; exactness after
+Kulisch). The norm has the same bits for every order of tensors, thread count and chunk-aligned split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["CLIP_COEF", "GRAD_MULTIPLIER", "NORM", "SIZE", "SKIP", "exact_sum", "power", "round_fp32", "step_scalars_"]
+
+NORM, GRAD_MULTIPLIER, SKIP, CLIP_COEF = range(4)
+SIZE = 4
+LIMBS = 22
+BIAS = 320
+_MASK = 0xFFFFFFFF
+
+
+def exact_sum(blocks: Sequence[torch.Tensor]) -> float:
+    """Sum non-negative fp64 values that are multiples of ``2^-320`` and below ``2^320``, without rounding on the way.
+
+    Returns:
+        The sum, rounded while its limbs are added from the lowest to the highest; NaN or inf if any value is.
+    """
+    limbs = [0] * LIMBS
+    for block in blocks:
+        values = block.detach().reshape(-1).cpu()
+        if not bool(torch.isfinite(values).all()):
+            return math.nan if bool(values.isnan().any()) else math.inf
+        bits = values.view(torch.int64)
+        exponent = (bits >> 52) & 0x7FF
+        nonzero = exponent > 0
+        mantissa = torch.where(nonzero, (bits & 0xFFFFFFFFFFFFF) | (1 << 52), 0)
+        position = torch.where(nonzero, exponent - 1075 + BIAS, 0)
+        limb, shift = position >> 5, position & 31
+        low = (mantissa & _MASK) << shift
+        high = (mantissa >> 32) << shift
+        sums = torch.zeros(LIMBS + 2, dtype=torch.int64)
+        sums.index_add_(0, limb, low & _MASK)
+        sums.index_add_(0, limb + 1, (low >> 32) + (high & _MASK))
+        sums.index_add_(0, limb + 2, high >> 32)
+        limbs = [limb + int(extra) for limb, extra in zip(limbs, sums.tolist(), strict=False)]
+    total, carry, weight = 0.0, 0, 2.0**-BIAS
+    for limb_value in limbs:
+        word = limb_value + carry
+        total += float(word & _MASK) * weight
+        carry = word >> 32
+        weight *= 2.0**32
+    return total
+
+
+def power(base: float, n: int) -> float:
+    """``base**n`` by binary exponentiation from the lowest bit, in fp64: the order every backend keeps."""
+    result = 1.0
+    while n > 0:
+        if n & 1:
+            result *= base
+        base *= base
+        n >>= 1
+    return result
+
+
+def round_fp32(value: float) -> float:
+    """``value`` rounded once to fp32, inf beyond its range."""
+    return torch.tensor(value, dtype=torch.float64).float().item()
+
+
+def step_scalars_(
+    scalars: torch.Tensor,
+    steps: Sequence[torch.Tensor],
+    partials: Sequence[torch.Tensor],
+    *,
+    max_norm: float,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+) -> None:
+    """Write norm, gradient multiplier, skip flag and clip coefficient to ``scalars``; count the step unless skipped.
+
+    ``norm = sqrt(sum) / grad_scale``; ``clip = min(1, max_norm / (norm + 1e-6))``, NaN staying NaN as in
+    ``torch.nn.utils.clip_grad_norm_``, and 1 without a threshold (``max_norm`` inf); the multiplier is
+    ``clip / grad_scale`` rounded to fp32.
+    """
+    scale = 1.0 if grad_scale is None else float(grad_scale)
+    skip = found_inf is not None and float(found_inf) != 0.0
+    norm = math.sqrt(exact_sum(partials)) / scale
+    clip = 1.0
+    if max_norm != math.inf:
+        clip = max_norm / (norm + 1e-6)
+        clip = 1.0 if clip > 1.0 else clip  # NaN stays
+    scalars[:SIZE] = torch.tensor(
+        [norm, round_fp32(clip / scale), 1.0 if skip else 0.0, clip], dtype=torch.float64, device=scalars.device
+    )
+    if not skip:
+        for block in steps:
+            block.add_(1.0)
