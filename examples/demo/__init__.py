@@ -1,0 +1,1 @@
+"""The parts of ``quickstart.py``, one job a module; ``quickstart.py`` puts them in order."""

@@ -1,0 +1,161 @@
+"""The training loop, and the two steps of it whose memory is measured."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import GPT2LMHeadModel
+
+import gradkern as gk
+
+from .corpus import Corpus
+from .figures import Training
+from .model import mean_loss
+
+__all__ = [
+    "ACCUMULATE",
+    "MAX_NORM",
+    "MEASURED_STEP",
+    "ROWS_PER_MICRO_BATCH",
+    "Loop",
+    "measure_natural_peak",
+    "train",
+]
+
+ACCUMULATE = 4
+ROWS_PER_MICRO_BATCH = 4
+MAX_NORM = 1.0
+# The first step allocates the optimizer's state; from the next on, one step's peak is every later step's.
+MEASURED_STEP = 2
+_LEARNING_RATE = 1.5e-3
+_WARM_UP_STEPS = 10
+_HELD_OUT_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A model, its optimizer and the order in which it meets the training rows.
+
+    Attributes:
+        model: Trained in place.
+        optimizer: Clips and steps.
+        corpus: Where the rows come from.
+        order: Sample ids, each once; int64, shape ``(len(corpus),)``.
+    """
+
+    model: GPT2LMHeadModel
+    optimizer: gk.AdamW
+    corpus: Corpus
+    order: torch.Tensor
+
+    @classmethod
+    def start(cls, model: GPT2LMHeadModel, corpus: Corpus, order: torch.Tensor) -> Loop:
+        """Begin training ``model``."""
+        optimizer = gk.AdamW(
+            model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, max_norm=MAX_NORM
+        )
+        return cls(model, optimizer, corpus, order)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Bytes of text in one optimizer step."""
+        return ACCUMULATE * ROWS_PER_MICRO_BATCH * self.corpus.length
+
+    def batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the sample ids and the rows of each micro-batch of a step."""
+        rows_per_step = ACCUMULATE * ROWS_PER_MICRO_BATCH
+        ids = self.order[step * rows_per_step : (step + 1) * rows_per_step]
+        return [(part, self.corpus.rows(part)) for part in ids.split(ROWS_PER_MICRO_BATCH)]
+
+    def step(self, step: int, recorder: gk.rollback.Recorder | None) -> float:
+        """Accumulate, clip and step once; return the mean loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / _WARM_UP_STEPS)
+        losses = []
+        for ids, rows in self.batches(step):
+            if recorder is None:
+                losses.append(self._backward(rows))
+            else:
+                with recorder.batch(ids):
+                    losses.append(self._backward(rows))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return sum(losses) / ACCUMULATE
+
+    def _backward(self, rows: torch.Tensor) -> float:
+        loss = self.model(input_ids=rows, labels=rows).loss
+        (loss / ACCUMULATE).backward()
+        return float(loss.detach())
+
+
+def measure_natural_peak(loop: Loop) -> gk.checkpoint.Peak:
+    """Measure a step without plan and recording, on a copy of the model: the run itself starts untouched."""
+    twin = Loop.start(copy.deepcopy(loop.model), loop.corpus, loop.order)
+    for step in range(MEASURED_STEP):
+        twin.step(step, None)
+    return gk.checkpoint.measure_peak(
+        lambda: twin.step(MEASURED_STEP, None), model=twin.model, optimizer=twin.optimizer
+    )
+
+
+def train(
+    loop: Loop, recorder: gk.rollback.Recorder, steps: int, console: Console
+) -> tuple[Training, gk.checkpoint.Peak]:
+    """Train with recording on.
+
+    Args:
+        loop: What to train.
+        recorder: Records every sample's effect.
+        steps: Optimizer steps, more than ``MEASURED_STEP``.
+        console: Where the progress bar goes.
+
+    Returns:
+        The course of the training, and the measured peak of one of its own steps.
+    """
+    held_out = loop.corpus.held_out_rows(_HELD_OUT_ROWS)
+    held_out_first = mean_loss(loop.model, held_out)
+    losses: list[float] = []
+    grad_norms: list[float] = []
+    measured: list[gk.checkpoint.Peak] = []
+    started = time.perf_counter()
+    with _progress(console) as progress:
+        task = progress.add_task("training", total=steps, loss=float("nan"), norm=float("nan"), speed=0.0)
+        for step in range(steps):
+            if step == MEASURED_STEP:
+                peak = gk.checkpoint.measure_peak(
+                    lambda: loop.step(MEASURED_STEP, recorder), model=loop.model, optimizer=loop.optimizer
+                )
+                measured.append(peak)
+                losses.append(float(peak.result))
+            else:
+                losses.append(loop.step(step, recorder))
+            grad_norms.append(float(loop.optimizer.grad_norm))
+            speed = loop.tokens_per_step * (step + 1) / (time.perf_counter() - started)
+            progress.update(task, advance=1, loss=losses[-1], norm=grad_norms[-1], speed=speed)
+    training = Training(
+        losses=tuple(losses),
+        grad_norms=tuple(grad_norms),
+        seconds=time.perf_counter() - started,
+        tokens=loop.tokens_per_step * steps,
+        held_out_first=held_out_first,
+        held_out_last=mean_loss(loop.model, held_out),
+    )
+    return training, measured[0]
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("norm {task.fields[norm]:.2f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+    )
