@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["Batch", "LossFn", "compute_loss"]
@@ -39,10 +38,11 @@ def compute_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None = None) 
 
     Raises:
         TypeError: ``batch`` is none of the three forms, or the result is not a tensor.
-        ValueError: The loss has more than one element, a pair is not of length 2 or comes without ``loss_fn``,
-            or the output holds no loss.
+        ValueError: The loss has more than one element, a pair is not of length 2 or comes without
+            ``loss_fn``, or the output holds no loss.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(3, 1)
         >>> compute_loss(model, (torch.ones(2, 3), torch.zeros(2, 1)), nn.functional.mse_loss).shape
         torch.Size([])
@@ -55,8 +55,8 @@ def compute_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None = None) 
     elif isinstance(batch, (tuple, list)):
         if len(batch) != 2:
             raise ValueError(
-                f"a {type(batch).__name__} batch must be a pair (inputs, target), got {len(batch)} items; pass a "
-                "mapping for a model with several inputs"
+                f"a {type(batch).__name__} batch must be a pair (inputs, target), got {len(batch)} items; "
+                "pass a mapping for a model with several inputs"
             )
         if loss_fn is None:
             raise ValueError("a batch (inputs, target) needs loss_fn, got None; pass loss_fn(output, target)")
@@ -83,7 +83,7 @@ def _loss_of(output: Any) -> Any:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise ValueError(
-            f"the model's output ({type(output).__name__}) holds no loss; put 'labels' into the batch or pass "
-            "loss_fn(output, target)"
+            f"the model's output ({type(output).__name__}) holds no loss; put 'labels' into the batch or "
+            "pass loss_fn(output, target)"
         )
     return loss

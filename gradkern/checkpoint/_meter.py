@@ -1,0 +1,162 @@
+"""Meters: live bytes between marks, counted by the allocator hook or, without it, by torch's profiler."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch.autograd.profiler import record_function
+
+from gradkern.checkpoint._allocator import CountingAllocator, load_allocator
+from gradkern.errors import BackendUnavailableError
+
+__all__ = ["Mark", "Meter", "interval_peak", "make_meter"]
+
+
+class Mark(NamedTuple):
+    """Memory at one instant; bytes are relative to the start of the meter.
+
+    Attributes:
+        live_bytes: Bytes alive at the mark.
+        peak_bytes: Largest live bytes since the previous mark (or the start).
+        time_s: A monotonic clock.
+    """
+
+    live_bytes: int
+    peak_bytes: int
+    time_s: float
+
+
+class Meter(Protocol):
+    """A context manager that counts; ``marks`` and ``timeline`` are complete once it has exited.
+
+    The meter marks its own start and end, so the marks of a run without calls of ``mark`` are two.
+    """
+
+    source: Literal["allocator", "profiler"]
+    allocator: CountingAllocator | None
+    marks: list[Mark]
+    timeline: list[tuple[float, int]]
+
+    def __enter__(self) -> Meter: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    def mark(self) -> None:
+        """Close the current interval and begin the next."""
+
+
+def make_meter() -> Meter:
+    """Return a meter that uses the allocator hook where it is available, else the profiler."""
+    try:
+        return AllocatorMeter(load_allocator())
+    except BackendUnavailableError:
+        return ProfilerMeter()
+
+
+class AllocatorMeter:
+    """Counts with the allocator hook: exact, and blind to nothing that torch allocates on the CPU."""
+
+    source: Literal["allocator", "profiler"] = "allocator"
+
+    def __init__(self, allocator: CountingAllocator) -> None:
+        self.allocator: CountingAllocator | None = allocator
+        self._allocator = allocator
+        self.marks: list[Mark] = []
+        self.timeline: list[tuple[float, int]] = []
+
+    def __enter__(self) -> AllocatorMeter:
+        self._allocator.start_recording()
+        self._start_bytes = self._allocator.live_bytes
+        self.mark()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.mark()
+        self._allocator.stop_recording()
+        self.timeline = [
+            (seconds, nbytes - self._start_bytes) for seconds, nbytes in self._allocator.timeline()
+        ]
+
+    def mark(self) -> None:
+        """Close the current interval and begin the next."""
+        live = self._allocator.live_bytes - self._start_bytes
+        peak = self._allocator.take_peak() - self._start_bytes
+        self.marks.append(Mark(live, peak, time.perf_counter()))
+
+
+class ProfilerMeter:
+    """Counts by the allocation events of ``torch.profiler``: same bytes, slower, known only afterwards.
+
+    Frees of blocks allocated before the meter started carry no size in torch's events and are not seen.
+    """
+
+    source: Literal["allocator", "profiler"] = "profiler"
+    allocator: CountingAllocator | None = None
+
+    _MARK = "gradkern.mark"
+
+    def __init__(self) -> None:
+        self._profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
+        self._mark_times: list[float] = []
+        self.marks: list[Mark] = []
+        self.timeline: list[tuple[float, int]] = []
+
+    def __enter__(self) -> ProfilerMeter:
+        self._profiler.start()
+        self.mark()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.mark()
+        self._profiler.stop()
+        self._read_events()
+
+    def mark(self) -> None:
+        """Close the current interval and begin the next."""
+        self._mark_times.append(time.perf_counter())
+        with record_function(self._MARK):
+            pass
+
+    def _read_events(self) -> None:
+        """Replay the events in order of time."""
+        results = self._profiler.profiler.kineto_results if self._profiler.profiler else None
+        # torch's stubs omit nbytes from the event type.
+        unsorted: list[Any] = list(results.events()) if results else []
+        events = sorted(unsorted, key=lambda event: event.start_ns())
+        times = iter(self._mark_times)
+        live = peak = 0
+        start_ns = events[0].start_ns() if events else 0
+        for event in events:
+            if event.name() == self._MARK:
+                self.marks.append(Mark(live, peak, next(times)))
+                peak = live
+            elif event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+                self.timeline.append(((event.start_ns() - start_ns) * 1e-9, live))
+
+
+def interval_peak(marks: list[Mark]) -> int:
+    """Return the largest live bytes over a whole run of marks."""
+    return max(later.peak_bytes for _, later in itertools.pairwise(marks))

@@ -1,0 +1,204 @@
+"""The prefix knapsack: which units to recompute so that the peak of a step fits. Knows numpy, not torch.
+
+A step runs units ``1..n`` forward and ``n..1`` backward. With option ``o`` unit ``i`` adds ``saved`` bytes
+that live from its forward to its backward, needs ``peak`` bytes on top of what earlier units hold while it
+runs (the larger of its forward and its backward, gradients made so far included) and costs ``extra_s``
+seconds. Only the *prefix sum* of saved bytes matters:
+
+    ``F_i(m) = min over o of F_{i-1}(m - saved_o) + extra_o``
+
+allowed iff ``(m - saved_o) + peak_o <= capacity``.
+
+The table is a grid in ``m``. Sizes rounded up give a plan that holds in bytes, sizes rounded down a lower
+bound on the seconds of every plan that holds; where all sizes are multiples of the grid's step both are
+exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Option", "Solution", "least_capacity", "peak_of", "solve"]
+
+DEFAULT_SLOTS = 16384
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a unit.
+
+    Attributes:
+        saved_bytes: Added to the prefix; negative where the unit frees what an earlier one made.
+        peak_bytes: Most bytes alive above the prefix while the unit runs forward or backward.
+        extra_s: Seconds this option adds to the step, at least 0.
+    """
+
+    saved_bytes: int
+    peak_bytes: int
+    extra_s: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A feasible choice and a bound on every other.
+
+    Attributes:
+        choices: Index of the chosen option, one for each unit.
+        extra_s: Seconds the choice adds.
+        lower_bound_s: No feasible choice adds less.
+    """
+
+    choices: tuple[int, ...]
+    extra_s: float
+    lower_bound_s: float
+
+
+def peak_of(units: Sequence[Sequence[Option]], choices: Sequence[int]) -> int:
+    """Return the exact peak in bytes of one choice."""
+    prefix = peak = 0
+    for options, choice in zip(units, choices, strict=True):
+        peak = max(peak, prefix + options[choice].peak_bytes)
+        prefix += options[choice].saved_bytes
+    return peak
+
+
+def least_capacity(units: Sequence[Sequence[Option]]) -> tuple[int, tuple[int, ...]]:
+    """Return the smallest capacity in bytes that any choice fits into, and such a choice.
+
+    Exact to the byte: for a given capacity it is best to keep the prefix as small as possible at every
+    unit, so a greedy pass decides feasibility and bisection finds the capacity.
+    """
+    low, high = 0, peak_of(units, [0] * len(units))
+    best = _smallest_prefixes(units, high)
+    while low < high:
+        middle = (low + high) // 2
+        choices = _smallest_prefixes(units, middle)
+        if choices is None:
+            low = middle + 1
+        else:
+            high, best = middle, choices
+    if best is None:
+        raise ValueError("every unit needs at least one option, got a unit without")
+    return high, best
+
+
+def solve(
+    units: Sequence[Sequence[Option]], capacity_bytes: int, *, slots: int = DEFAULT_SLOTS
+) -> Solution | None:
+    """Choose one option a unit so that the peak fits and the added time is least.
+
+    Args:
+        units: Options of each unit, in forward order; sizes in bytes.
+        capacity_bytes: Bound on ``peak_of`` the choice.
+        slots: Size of the grid. Its step depends on the sizes alone, never on the capacity, so that more
+            capacity never costs more time.
+
+    Returns:
+        The solution, or None where no choice fits. ``peak_of(units, solution.choices) <= capacity_bytes``
+        always holds; ``extra_s == lower_bound_s`` certifies the choice optimal.
+
+    Source:
+        The recurrence above; O(units * slots * options).
+    """
+    least_bytes, least_choices = least_capacity(units)
+    if capacity_bytes < least_bytes:
+        return None
+    step = _grid_step(units, slots)
+    rounded_up = _run_table(units, capacity_bytes, step, round_up=True)
+    rounded_down = _run_table(units, capacity_bytes, step, round_up=False)
+    # The choice for the least capacity fits every larger one, so it may always compete: the grid can miss it.
+    candidates = [least_choices] + ([rounded_up] if rounded_up is not None else [])
+    choices = min(candidates, key=lambda candidate: _extra_of(units, candidate))
+    extra_s = _extra_of(units, choices)
+    lower_bound_s = extra_s if rounded_down is None else min(extra_s, _extra_of(units, rounded_down))
+    return Solution(choices, extra_s, lower_bound_s)
+
+
+def _extra_of(units: Sequence[Sequence[Option]], choices: Sequence[int]) -> float:
+    """Seconds added by a choice."""
+    return math.fsum(options[choice].extra_s for options, choice in zip(units, choices, strict=True))
+
+
+def _smallest_prefixes(units: Sequence[Sequence[Option]], capacity_bytes: int) -> tuple[int, ...] | None:
+    """The feasible choice with the smallest prefix at every unit, or None."""
+    prefix = 0
+    choices = []
+    for options in units:
+        allowed = [
+            choice for choice, option in enumerate(options) if prefix + option.peak_bytes <= capacity_bytes
+        ]
+        if not allowed:
+            return None
+        best = min(allowed, key=lambda choice: (options[choice].saved_bytes, options[choice].extra_s))
+        choices.append(best)
+        prefix += options[best].saved_bytes
+    return tuple(choices)
+
+
+def _grid_step(units: Sequence[Sequence[Option]], slots: int) -> int:
+    """Bytes a slot: the common divisor of all sizes if that fits into the grid, else total over slots."""
+    sizes = [option.saved_bytes for options in units for option in options]
+    total = sum(max(0, *(option.saved_bytes for option in options)) for options in units)
+    divisor = math.gcd(*sizes) or 1
+    return divisor if total <= divisor * slots else -(-total // slots)
+
+
+def _run_table(
+    units: Sequence[Sequence[Option]], capacity_bytes: int, step: int, *, round_up: bool
+) -> tuple[int, ...] | None:
+    """Fill the table over all prefixes and read the cheapest choice back, or None where nothing fits."""
+    saved = [
+        [-(-option.saved_bytes // step) if round_up else option.saved_bytes // step for option in options]
+        for options in units
+    ]
+    origin = -sum(min(0, *column) for column in saved)
+    width = 1 + origin + sum(max(0, *column) for column in saved)
+    cost: NDArray[np.float64] = np.full(width, np.inf)
+    cost[origin] = 0.0
+    chosen = np.full((len(units), width), -1, dtype=np.int16)
+    came_from = np.zeros((len(units), width), dtype=np.int32)
+    for index, options in enumerate(units):
+        reached: NDArray[np.float64] = np.full(width, np.inf)
+        for choice, option in enumerate(options):
+            highest = min(width - 1, origin + (capacity_bytes - option.peak_bytes) // step)
+            if highest >= 0:
+                _relax(
+                    cost[: highest + 1] + option.extra_s,
+                    saved[index][choice],
+                    choice,
+                    reached,
+                    chosen[index],
+                    came_from[index],
+                )
+        cost = reached
+    if not np.isfinite(cost).any():
+        return None
+    slot = int(np.argmin(cost))
+    choices = []
+    for index in reversed(range(len(units))):
+        choices.append(int(chosen[index, slot]))
+        slot = int(came_from[index, slot])
+    return tuple(reversed(choices))
+
+
+def _relax(
+    source: NDArray[np.float64],
+    shift: int,
+    choice: int,
+    reached: NDArray[np.float64],
+    chosen: NDArray[np.int16],
+    came_from: NDArray[np.int32],
+) -> None:
+    """Offer ``source[m]`` to slot ``m + shift`` for every m; slots outside the table are unreachable."""
+    first = max(0, -shift)
+    span = source[first:]
+    start = first + shift
+    better = span < reached[start : start + span.size]
+    reached[start : start + span.size][better] = span[better]
+    chosen[start : start + span.size][better] = choice
+    came_from[start : start + span.size][better] = np.arange(first, first + span.size)[better]
