@@ -1,5 +1,41 @@
-"""gradkern: everything between ``loss.backward()`` and the next forward pass."""
+"""gradkern: everything between ``loss.backward()`` and the next forward pass.
+
+Accumulate, clip, step and remember in as few passes over memory as physics allows, plus the plan that makes backward fit
+the memory there is.
+"""
 
 from __future__ import annotations
 
+from gradkern import checkpoint, functional, rollback
+from gradkern.accumulate import GradAccumulator
+from gradkern.clip import clip_grad_norm_, get_total_norm
+from gradkern.errors import (
+    BackendUnavailableError,
+    BudgetExceededError,
+    GradkernError,
+    LedgerError,
+    PlanInfeasibleError,
+)
+from gradkern.ops._registry import use_backend
+from gradkern.optim import AdamW
+from gradkern.step_event import ParamStep, StepEvent
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdamW",
+    "BackendUnavailableError",
+    "BudgetExceededError",
+    "GradAccumulator",
+    "GradkernError",
+    "LedgerError",
+    "ParamStep",
+    "PlanInfeasibleError",
+    "StepEvent",
+    "checkpoint",
+    "clip_grad_norm_",
+    "functional",
+    "get_total_norm",
+    "rollback",
+    "use_backend",
+]

@@ -55,9 +55,10 @@ def sumsq(
     if torch.compiler.is_compiling():
         traced: torch.Tensor = torch.ops.gradkern.sumsq.default(list(tensors))
         return traced
-    if partials is None:
-        partials = new_partials(tensors)
     operands = Operands(SUMSQ.name, {"tensors": tensors}, cache)
+    if partials is None:
+        operands.table()
+        partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
     _registry.select(SUMSQ, partials.device)(operands, partials)
     return partials
 

@@ -166,19 +166,22 @@ class Operands:
         cache: Table kept from the last call with the same operands; a fresh one when None.
     """
 
-    __slots__ = ("cache", "columns", "op")
+    __slots__ = ("_table", "cache", "columns", "op")
 
     def __init__(self, op: str, columns: Mapping[str, Column], cache: AddressTable | None = None) -> None:
         self.op = op
         self.columns = columns
         self.cache = AddressTable() if cache is None else cache
+        self._table: torch.Tensor | None = None
 
     def __getitem__(self, name: str) -> Sequence[torch.Tensor]:
         return self.columns[name] or ()
 
     def table(self) -> torch.Tensor:
-        """The up-to-date table on the CPU."""
-        return self.cache.refresh(self.op, self.columns)
+        """The table on the CPU, brought up to date once per call of an op."""
+        if self._table is None:
+            self._table = self.cache.refresh(self.op, self.columns)
+        return self._table
 
     def device(self) -> torch.device:
         """Device of the first tensor; the CPU for empty lists."""

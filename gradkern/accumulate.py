@@ -1,0 +1,161 @@
+"""Gradient accumulation in fp32 for people who keep their own optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from gradkern import functional
+from gradkern.grad_fold import GradFold
+from gradkern.ops._chunks import DTYPE_CODES
+from gradkern.ops._table import AddressTable
+from gradkern.ops.step_scalars import reference as scalar_layout
+
+__all__ = ["GradAccumulator"]
+
+
+class GradAccumulator:
+    """Accumulates micro-batch gradients in fp32 and keeps their norm current, with any optimizer.
+
+    While it is attached, ``backward()`` folds every gradient into an fp32 ``p.grad``: for fp32 parameters that is what
+    autograd does anyway, one pass cheaper with the norm; bf16 and fp16 parameters get an fp32 gradient
+    (``p.grad_dtype`` is set to None for them), so that many small micro-batches are not lost to rounding. The first
+    micro-batch after :meth:`zero_grad` overwrites, nothing is ever zeroed.
+
+    Args:
+        params: Parameters; those with ``requires_grad=False`` are passed over.
+
+    Raises:
+        ValueError: No parameter requires grad, one is of a dtype other than fp32, bf16 and fp16, or another
+            accumulator or gradkern optimizer already folds one; nothing is hooked then.
+
+    Example:
+        >>> import torch, gradkern as gk
+        >>> model = torch.nn.Linear(4, 1)
+        >>> opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> accumulator = gk.GradAccumulator(model.parameters())
+        >>> for _ in range(4):
+        ...     (model(torch.ones(2, 4)).sum() / 4).backward()
+        >>> norm = accumulator.clip_grad_norm_(1.0)
+        >>> accumulator.cast_grads_()
+        >>> opt.step()
+        >>> accumulator.zero_grad()
+    """
+
+    def __init__(self, params: Iterable[torch.Tensor]) -> None:
+        self._params = [p for p in params if p.requires_grad]
+        if not self._params:
+            raise ValueError(
+                "GradAccumulator: got no parameter that requires grad, expected at least one; pass model.parameters()"
+            )
+        for i, param in enumerate(self._params):
+            if param.dtype not in DTYPE_CODES:
+                raise ValueError(
+                    f"GradAccumulator: params[{i}] has dtype {param.dtype}, expected one of "
+                    f"{', '.join(map(str, DTYPE_CODES))}; leave it to autograd"
+                )
+        self._fold = GradFold(self._params, "GradAccumulator")
+        self._low_precision = [p for p in self._params if p.dtype != torch.float32]
+        for param in self._low_precision:
+            param.grad_dtype = None
+        self._norm_cache = AddressTable()
+        self._fold_cache = AddressTable()
+
+    @property
+    def grads(self) -> list[torch.Tensor]:
+        """The accumulated gradients, fp32, of the parameters that have one."""
+        return [p.grad for p in self._params if p.grad is not None]
+
+    def accumulate_(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Fold gradients obtained elsewhere (``torch.autograd.grad``, another process), in one launch per dtype.
+
+        Args:
+            grads: One per parameter, of its shape, fp32, bf16 or fp16; None passes a parameter over.
+
+        Raises:
+            ValueError: Another number of gradients than of parameters; nothing is folded then.
+        """
+        if len(grads) != len(self._params):
+            raise ValueError(
+                f"GradAccumulator.accumulate_: got {len(grads)} gradients, expected {len(self._params)}, one per "
+                "parameter; pass None where there is none"
+            )
+        fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
+        present: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for param, grad in zip(self._params, grads, strict=True):
+            if grad is None:
+                continue
+            if param.grad is None:
+                fresh.append((torch.empty_like(param, dtype=torch.float32, requires_grad=False), grad))
+            else:
+                present.append((param.grad, grad))
+        for pairs, overwrite in ((fresh, True), (present, False)):
+            for dtype in DTYPE_CODES:
+                same = [pair for pair in pairs if pair[1].dtype == dtype]
+                if same:
+                    functional.accumulate_(
+                        [main_grad for main_grad, _ in same],
+                        [grad for _, grad in same],
+                        overwrite=overwrite,
+                        cache=self._fold_cache if not overwrite else None,
+                    )
+        for param, grad in zip(self._params, grads, strict=True):
+            if grad is not None and param.grad is None:
+                param.grad = fresh.pop(0)[0]
+
+    def norm(self) -> torch.Tensor:
+        """L2 norm of the accumulated gradients, 0-dim fp32; free where backward folded them. Does not synchronise."""
+        return self._scalars(math.inf)[scalar_layout.NORM].float()
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the accumulated gradients in place so that their norm is at most ``max_norm``.
+
+        Args:
+            max_norm: Threshold, at least 0.
+
+        Returns:
+            The norm before clipping, 0-dim fp32.
+        """
+        scalars = self._scalars(float(max_norm))
+        multiplier = scalars[scalar_layout.GRAD_MULTIPLIER].float()
+        for grad in self.grads:
+            grad.mul_(multiplier)
+        return scalars[scalar_layout.NORM].float()
+
+    def cast_grads_(self) -> None:
+        """Show the gradients of bf16 and fp16 parameters in their own dtype, for optimizers that insist on it."""
+        for param in self._low_precision:
+            if param.grad is not None:
+                param.grad = param.grad.to(param.dtype)
+
+    def zero_grad(self) -> None:
+        """Forget the accumulated gradients without touching memory: the next micro-batch overwrites."""
+        for param in self._params:
+            param.grad = None
+
+    def detach(self) -> None:
+        """Remove every hook and give autograd the gradients of all parameters back."""
+        self._fold.detach()
+        for param in self._low_precision:
+            if param.grad is not None:
+                param.grad = param.grad.to(param.dtype)
+            param.grad_dtype = param.dtype
+
+    def _scalars(self, max_norm: float) -> torch.Tensor:
+        partials: list[torch.Tensor] = []
+        rest: dict[torch.dtype, list[torch.Tensor]] = {}
+        for param in self._params:
+            grad = param.grad
+            if grad is None:
+                continue
+            folded = self._fold.partials(param, grad)
+            if folded is None:
+                rest.setdefault(grad.dtype, []).append(grad)
+            else:
+                partials.append(folded)
+        partials.extend(functional.sumsq(grads) for grads in rest.values())
+        scalars = functional.new_scalars(self._params[0].device)
+        functional.step_scalars_(scalars, [], partials, max_norm=max_norm)
+        return scalars

@@ -1,0 +1,153 @@
+"""Folding gradients into their accumulator while backward runs, with the norm from the same registers.
+
+Autograd accumulates a parameter's gradient in its ``AccumulateGrad`` node. A pre-hook on that node sees the fresh
+gradient first; when it returns ``None`` in its place, the node leaves ``p.grad`` alone. So the hook adds the fresh
+gradient to ``p.grad`` itself, in one pass that also yields the sum of squares of the result. The hook does not run under
+``torch.autograd.grad``, and a backward that raises midway leaves nothing aside: ``p.grad`` is always what it shows.
+
+The first micro-batch after ``zero_grad`` is left to autograd, which hands its own tensor over without a copy; only
+low-precision parameters with an fp32 accumulator are folded from the first one on, overwriting.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gradkern import functional
+from gradkern.ops._chunks import DTYPE_CODES, is_dense
+from gradkern.ops._table import AddressTable
+
+__all__ = ["FOLD_MIN_NUMEL", "GradFold"]
+
+FOLD_MIN_NUMEL = 1 << 18
+"""Smallest fp32 parameter whose fold by a Python hook pays: below it, one batched norm at ``step()`` is cheaper."""
+
+# Which fold a parameter belongs to: two would add the same gradient twice.
+_OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class _Entry:
+    """One parameter: its hook, and the partials of the gradient that the hook last left behind."""
+
+    __slots__ = ("__weakref__", "_cache", "_grad", "_handle", "_node", "_param", "_partials", "_version", "main_grad")
+
+    def __init__(self, param: torch.Tensor) -> None:
+        self._param = weakref.ref(param)
+        self._node = get_gradient_edge(param).node
+        self._handle: RemovableHandle = self._node.register_prehook(_hook(weakref.ref(self)))
+        self._cache = AddressTable()
+        self._partials = functional.new_partials([param])
+        self._grad: weakref.ref[torch.Tensor] | None = None
+        self._version = -1
+        self.main_grad: torch.Tensor | None = None
+
+    def fold(self, grad: torch.Tensor | None) -> tuple[None] | None:
+        param = self._param()
+        if param is None or grad is None or torch.is_grad_enabled() or grad.dtype not in DTYPE_CODES:
+            return None
+        target = param.grad
+        overwrite = target is None
+        if overwrite:
+            if param.dtype == torch.float32 or grad.layout != torch.strided:
+                return None
+            target = self._fresh_main_grad(param)
+        elif target.dtype != torch.float32:
+            return None
+        if not _same_layout(target, grad):
+            return None
+        functional.accumulate_([target], [grad], self._partials, overwrite=overwrite, cache=self._cache)
+        if overwrite:
+            param.grad = target
+        self._grad = weakref.ref(target)
+        self._version = target._version
+        return (None,)
+
+    def partials(self, grad: torch.Tensor) -> torch.Tensor | None:
+        """Partials of ``grad`` if it is, unchanged, what the hook left behind."""
+        if self._grad is not None and self._grad() is grad and grad._version == self._version:
+            return self._partials
+        return None
+
+    def detach(self) -> None:
+        self._handle.remove()
+        param = self._param()
+        if param is not None:
+            _OWNERS.pop(param, None)
+
+    def _fresh_main_grad(self, param: torch.Tensor) -> torch.Tensor:
+        # Reused only while nobody else can see it: one reference here, one for the local name.
+        if self.main_grad is None or self.main_grad._use_count() > 1:
+            self.main_grad = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+        return self.main_grad
+
+
+def _hook(entry_ref: weakref.ref[_Entry]) -> Callable[[tuple[torch.Tensor, ...]], tuple[None] | None]:
+    # The node owns its hooks and the entry owns the node: a strong reference here would be a cycle through C++.
+    def fold(grads: tuple[torch.Tensor, ...]) -> tuple[None] | None:
+        entry = entry_ref()
+        return None if entry is None else entry.fold(grads[0])
+
+    return fold
+
+
+def _same_layout(target: torch.Tensor, grad: torch.Tensor) -> bool:
+    return (
+        grad.layout == torch.strided
+        and grad.device == target.device
+        and grad.shape == target.shape
+        and grad.stride() == target.stride()
+        and is_dense(grad)
+        and not target.requires_grad
+    )
+
+
+class GradFold:
+    """Hooks that fold the gradients of some parameters.
+
+    Args:
+        params: Leaf parameters; those that autograd should keep to itself are left out by the caller.
+        owner: Name of the object that folds, for the message when two want the same parameter.
+
+    Raises:
+        ValueError: Another fold owns one of the parameters; nothing is hooked then.
+    """
+
+    def __init__(self, params: Iterable[torch.Tensor], owner: str) -> None:
+        self._entries: dict[int, _Entry] = {}
+        self._owner = owner
+        self.add(params)
+
+    def add(self, params: Iterable[torch.Tensor]) -> None:
+        """Fold the gradients of more parameters.
+
+        Raises:
+            ValueError: Another fold owns one of them; nothing is hooked then.
+        """
+        wanted = [p for p in params if id(p) not in self._entries]
+        for param in wanted:
+            other = _OWNERS.get(param)
+            if other is not None and other() is not None:
+                raise ValueError(
+                    f"{self._owner}: the gradient of a parameter of shape {tuple(param.shape)} is already folded by "
+                    "another optimizer or GradAccumulator, expected one owner; call detach() on the other first"
+                )
+        for param in wanted:
+            self._entries[id(param)] = _Entry(param)
+            _OWNERS[param] = weakref.ref(self)
+
+    def partials(self, param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+        """Partials of ``param.grad`` where they are current, else None."""
+        entry = self._entries.get(id(param))
+        return None if entry is None else entry.partials(grad)
+
+    def detach(self) -> None:
+        """Remove every hook; autograd accumulates by itself again."""
+        for entry in self._entries.values():
+            entry.detach()
+        self._entries.clear()

@@ -1,0 +1,343 @@
+"""What fused optimizers share: gathering, the norm, one scalar block, one launch per bucket, the step event.
+
+A fused optimizer inherits from its namesake in ``torch.optim`` (so that checks, defaults, ``state_dict`` and
+``isinstance`` are torch's own) and replaces ``step``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from gradkern import functional
+from gradkern.grad_fold import FOLD_MIN_NUMEL, GradFold
+from gradkern.ops._chunks import DTYPE_CODES, is_dense
+from gradkern.ops._table import AddressTable
+from gradkern.ops.step_scalars import reference as scalar_layout
+from gradkern.step_event import ParamStep, StepEvent
+
+__all__ = ["Bucket", "FusedStepMixin"]
+
+State = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Parameters of one group that one launch updates: same device and dtypes.
+
+    Attributes:
+        kernel: Whether kernels can run it; otherwise torch's own update does (fp64, complex, odd strides).
+    """
+
+    group: dict[str, Any]
+    params: list[torch.Tensor]
+    positions: list[int]
+    states: list[State]
+    kernel: bool
+    grads: list[torch.Tensor] = field(default_factory=list)
+    step_cache: AddressTable = field(default_factory=AddressTable)
+    norm_cache: AddressTable = field(default_factory=AddressTable)
+
+    def column(self, name: str) -> list[torch.Tensor]:
+        """One state tensor of every parameter."""
+        return [state[name] for state in self.states]
+
+
+class _GroupPlan:
+    """The buckets of one group, kept while the same parameters have gradients of the same dtypes."""
+
+    __slots__ = ("buckets", "signature", "step_buffer")
+
+    def __init__(self) -> None:
+        self.signature: tuple[list[int], list[tuple[torch.dtype, torch.layout]]] | None = None
+        self.buckets: list[Bucket] = []
+        self.step_buffer: torch.Tensor | None = None
+
+
+class FusedStepMixin(torch.optim.Optimizer):
+    """Replaces ``step`` of a ``torch.optim`` class; subclasses say what their state is and which op updates it."""
+
+    max_norm: float | None
+
+    def _start(self, max_norm: float | None) -> None:
+        """Finish construction: after torch's ``__init__`` and after unpickling."""
+        if max_norm is not None and not max_norm >= 0.0:
+            raise ValueError(
+                f"{type(self).__name__}: max_norm must be None or at least 0 (inf measures the norm without "
+                f"clipping), got {max_norm}"
+            )
+        self.max_norm = max_norm
+        self._plans: list[_GroupPlan] = []
+        self._scalars: torch.Tensor | None = None
+        self._event_hooks: OrderedDict[int, Callable[[StepEvent], None]] = OrderedDict()
+        self._fold = GradFold(self._foldable(), type(self).__name__)
+
+    # --- for subclasses ---------------------------------------------------------------------------------------------
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """State tensors of a parameter, beside ``step``."""
+        raise NotImplementedError
+
+    def _launch(self, bucket: Bucket, scalars: torch.Tensor) -> None:
+        """Update a bucket with our op."""
+        raise NotImplementedError
+
+    def _torch_update(self, bucket: Bucket, grads: list[torch.Tensor]) -> None:
+        """Update a bucket that kernels cannot run, with torch's own functional form; ``step`` counts itself."""
+        raise NotImplementedError
+
+    def _param_step(
+        self, group: dict[str, Any], param: torch.Tensor, state: State, grad_multiplier: torch.Tensor
+    ) -> ParamStep:
+        """What the step did to one parameter."""
+        raise NotImplementedError
+
+    # --- public -----------------------------------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """L2 norm of all gradients at the last step, before clipping: 0-dim fp32 on the device of the parameters.
+
+        None before the first step and with ``max_norm=None``; ``max_norm=float("inf")`` measures without clipping.
+        Reading the value synchronises, asking for the tensor does not.
+        """
+        if self._scalars is None or self.max_norm is None:
+            return None
+        return self._scalars[scalar_layout.NORM].float()
+
+    def register_step_event_hook(self, hook: Callable[[StepEvent], None]) -> RemovableHandle:
+        """Call ``hook(event)`` after every step; see :mod:`gradkern.step_event`.
+
+        Args:
+            hook: Receives a :class:`~gradkern.step_event.StepEvent`; what it needs of it, it must copy.
+
+        Returns:
+            A handle whose ``remove()`` ends the calls.
+        """
+        handle = RemovableHandle(self._event_hooks)
+        self._event_hooks[handle.id] = hook
+        return handle
+
+    def detach(self) -> None:
+        """Remove the gradient hooks; the optimizer still works, norming all gradients at ``step()``."""
+        self._fold.detach()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.add_param_group``; gradients of the new parameters are folded too."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_fold"):
+            self._fold.add(self._foldable())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``; takes what torch's namesake saved."""
+        super().load_state_dict(state_dict)
+        self._plans = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_plans" not in self.__dict__:
+            self._start(state.get("max_norm"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        saved: dict[str, Any] = {**super().__getstate__(), "max_norm": self.max_norm}
+        return saved
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Clip by the global norm and update, in one pass over memory.
+
+        Args:
+            closure: Reevaluates the model and returns the loss, as in torch.
+
+        Returns:
+            What ``closure`` returned, else None.
+
+        Raises:
+            RuntimeError: A gradient is sparse (as torch does).
+            ValueError: ``max_norm`` is set and gradients lie on more than one device.
+
+        Note:
+            Gradients are read, not rewritten. Nothing synchronises with a GPU.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        buckets = self._gather()
+        if not buckets:
+            return loss
+        scalars = self._step_scalars(buckets)
+        for bucket in buckets:
+            if bucket.kernel:
+                self._launch(bucket, scalars)
+            else:
+                self._update_with_torch(bucket, scalars)
+        if self._event_hooks:
+            self._report(buckets, scalars)
+        for bucket in buckets:
+            bucket.grads = []  # a bucket must not keep gradients alive past zero_grad()
+        return loss
+
+    # --- internals --------------------------------------------------------------------------------------------------
+
+    def _foldable(self) -> list[torch.Tensor]:
+        return [
+            p
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad and p.is_leaf and p.dtype == torch.float32 and p.numel() >= FOLD_MIN_NUMEL
+        ]
+
+    def _gather(self) -> list[Bucket]:
+        while len(self._plans) < len(self.param_groups):
+            self._plans.append(_GroupPlan())
+        buckets: list[Bucket] = []
+        for group, plan in zip(self.param_groups, self._plans, strict=True):
+            params, grads, positions = [], [], []
+            for position, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is not None:
+                    params.append(param)
+                    grads.append(grad)
+                    positions.append(position)
+            signature = (list(map(id, params)), [(g.dtype, g.layout) for g in grads])
+            if plan.signature != signature:
+                self._check_grads(grads)
+                plan.buckets = self._new_buckets(group, plan, params, grads, positions)
+                plan.signature = signature
+            if len(plan.buckets) == 1:
+                plan.buckets[0].grads = grads
+            else:
+                grad_at = dict(zip(positions, grads, strict=True))
+                for bucket in plan.buckets:
+                    bucket.grads = [grad_at[position] for position in bucket.positions]
+            buckets.extend(plan.buckets)
+        if self.max_norm is not None:
+            self._check_devices(buckets)
+        return buckets
+
+    def _check_grads(self, grads: Sequence[torch.Tensor]) -> None:
+        for grad in grads:
+            if grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+
+    def _check_devices(self, buckets: Sequence[Bucket]) -> None:
+        devices = {bucket.params[0].device for bucket in buckets}
+        if len(devices) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: max_norm needs all gradients on one device, got "
+                f"{', '.join(sorted(map(str, devices)))}; use one optimizer per device, or max_norm=None"
+            )
+
+    def _new_buckets(
+        self,
+        group: dict[str, Any],
+        plan: _GroupPlan,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        positions: Sequence[int],
+    ) -> list[Bucket]:
+        self._adopt_steps(group, plan)
+        assert plan.step_buffer is not None  # noqa: S101  (set by _adopt_steps; narrows the type)
+        names = self._state_names(group)
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        for param, grad, position in zip(params, grads, positions, strict=True):
+            state = self.state[param]
+            if not state:
+                state["step"] = plan.step_buffer[position]
+                for name in names:
+                    state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            kernel = _kernel_can_run(param, grad, [state[name] for name in names])
+            key = (param.device, param.dtype, grad.dtype, state[names[0]].dtype, kernel)
+            if key not in buckets:
+                buckets[key] = Bucket(group, [], [], [], kernel)
+            bucket = buckets[key]
+            bucket.params.append(param)
+            bucket.positions.append(position)
+            bucket.states.append(state)
+        return list(buckets.values())
+
+    def _adopt_steps(self, group: dict[str, Any], plan: _GroupPlan) -> None:
+        """Let the step counters of a group be views of one buffer, so that one addition counts them all."""
+        params = group["params"]
+        if plan.step_buffer is not None and plan.step_buffer.numel() == len(params):
+            return
+        device = params[0].device if params else torch.device("cpu")
+        buffer = torch.zeros(len(params), dtype=torch.float32, device=device)
+        for position, param in enumerate(params):
+            state = self.state.get(param)
+            if state:
+                buffer[position] = state["step"]
+                state["step"] = buffer[position]
+        plan.step_buffer = buffer
+
+    def _step_scalars(self, buckets: Sequence[Bucket]) -> torch.Tensor:
+        device = buckets[0].params[0].device
+        if self._scalars is None or self._scalars.device != device:
+            self._scalars = functional.new_scalars(device)
+        partials: list[torch.Tensor] = []
+        if self.max_norm is not None:
+            for bucket in buckets:
+                partials.extend(self._partials(bucket))
+        steps: list[torch.Tensor] = []
+        for plan in self._plans:
+            counted = [bucket for bucket in plan.buckets if bucket.kernel]
+            if plan.step_buffer is not None and sum(len(b.params) for b in counted) == plan.step_buffer.numel():
+                steps.append(plan.step_buffer)
+            else:
+                steps.extend(state["step"] for bucket in counted for state in bucket.states)
+        functional.step_scalars_(self._scalars, steps, partials, max_norm=self.max_norm)
+        return self._scalars
+
+    def _partials(self, bucket: Bucket) -> list[torch.Tensor]:
+        """Sums of squares of a bucket's gradients: those folded in backward, and one pass over the rest."""
+        if not bucket.kernel:
+            norms = torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).double() for g in bucket.grads])
+            return [norms.square()]
+        folded, rest = [], []
+        for param, grad in zip(bucket.params, bucket.grads, strict=True):
+            partials = self._fold.partials(param, grad)
+            if partials is None:
+                rest.append(grad)
+            else:
+                folded.append(partials)
+        if rest:
+            folded.append(functional.sumsq(rest, cache=bucket.norm_cache))
+        return folded
+
+    def _update_with_torch(self, bucket: Bucket, scalars: torch.Tensor) -> None:
+        grads = bucket.grads
+        if self.max_norm is not None:
+            multiplier = scalars[scalar_layout.GRAD_MULTIPLIER]
+            grads = [g * multiplier.to(g.dtype) for g in grads]
+        self._torch_update(bucket, grads)
+
+    def _report(self, buckets: Sequence[Bucket], scalars: torch.Tensor) -> None:
+        multiplier = scalars[scalar_layout.GRAD_MULTIPLIER].float()
+        params = tuple(
+            self._param_step(bucket.group, param, state, multiplier)
+            for bucket in buckets
+            for param, state in zip(bucket.params, bucket.states, strict=True)
+        )
+        event = StepEvent(params)
+        for hook in list(self._event_hooks.values()):
+            hook(event)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _kernel_can_run(param: torch.Tensor, grad: torch.Tensor, states: Sequence[torch.Tensor]) -> bool:
+    tensors = (param, grad, *states)
+    return (
+        all(t.dtype in DTYPE_CODES and t.layout == torch.strided for t in tensors)
+        and is_dense(param)
+        and all(t.shape == param.shape and t.stride() == param.stride() for t in tensors)
+    )
+
