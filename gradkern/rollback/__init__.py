@@ -1,0 +1,26 @@
+"""Record which training sample changed the parameters how, and ask afterwards which samples mattered.
+
+The thing on disk is a *ledger*. :func:`record` writes one while a model trains, :func:`open` reads it.
+"""
+
+from __future__ import annotations
+
+from gradkern.rollback._conservation import Balance
+from gradkern.rollback._ledger import Influence, Ledger, Scores
+from gradkern.rollback._ledger import open_ledger as open
+from gradkern.rollback._recorder import RecordableOptimizer, Recorder, record
+from gradkern.rollback._verify import Check, Compression, VerifyReport
+
+__all__ = [
+    "Balance",
+    "Check",
+    "Compression",
+    "Influence",
+    "Ledger",
+    "RecordableOptimizer",
+    "Recorder",
+    "Scores",
+    "VerifyReport",
+    "open",
+    "record",
+]

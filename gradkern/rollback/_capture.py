@@ -1,0 +1,246 @@
+"""Takes per-sample factors out of backward: owned layers run through autograd functions of ours.
+
+Each function saves what autograd saves anyway for that layer and computes the same gradients with the same
+calls, so for fp32 they are bit-equal to the layer's own. In backward it also hands the layer's input and
+output gradient to a :class:`Sink`. Nothing is taken in forward: a recomputed layer (activation checkpointing)
+is seen once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from gradkern.rollback._ownership import LayerKind, OwnedLayer
+
+__all__ = ["Sink", "captured"]
+
+
+class Sink(Protocol):
+    """Receives what backward saw. Tensors are lent: a sink must not keep or change them."""
+
+    def expand_shared(self, layer: OwnedLayer, output: Tensor, ids: Tensor) -> Tensor:
+        """Give an embedding's output one row per sample if its ids are shared by all samples."""
+        ...
+
+    def take_matrix(self, layer: OwnedLayer, rows: Tensor, columns: Tensor, weight_grad: Tensor) -> None:
+        """Take a Linear's or Conv1D's factors.
+
+        Args:
+            layer: The layer.
+            rows: The factor along the weight's dimension 0, shape ``(..., weight.shape[0])``.
+            columns: The factor along its dimension 1, shape ``(..., weight.shape[1])``.
+            weight_grad: ``rowsᵀ @ columns`` over all tokens, as it goes to the parameter.
+        """
+        ...
+
+    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
+        """Take a Linear's or Conv1D's output gradient and its sum over all tokens."""
+        ...
+
+    def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
+        """Take an embedding's ids and output gradient, shape ``(*ids.shape, columns)`` or ``(B, ...)``."""
+        ...
+
+    def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
+        """Take a LayerNorm's normalised input and output gradient, features flattened to one dimension."""
+        ...
+
+
+@contextmanager
+def captured(layers: Sequence[OwnedLayer], sink: Sink) -> Iterator[None]:
+    """Run ``layers`` through the capturing functions while the context is open.
+
+    Only the instances' ``forward`` attribute is set and removed again; types, parameters, hooks and
+    ``state_dict`` keys stay. A deep copy made meanwhile runs as an ordinary model.
+    """
+    by_module = {layer.module: layer for layer in layers}
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        layer = by_module.get(module)
+        if layer is None or not torch.is_grad_enabled():
+            return type(module).forward(module, *args, **kwargs)
+        return _FORWARDS[layer.kind](layer, sink, *args, **kwargs)
+
+    for layer in layers:
+        # A bound method, so that deepcopy binds the copy's forward to the copy.
+        layer.module.forward = MethodType(forward, layer.module)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.module.__dict__.pop("forward", None)
+
+
+class _Linear(torch.autograd.Function):
+    """``input @ weightᵀ + bias``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, layer: OwnedLayer, sink: Sink
+    ) -> Tensor:
+        ctx.layer, ctx.sink = layer, sink
+        _save_factors(ctx, input, weight)
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        input_grad = weight_grad = bias_grad = None
+        if weight is not None:
+            input_grad = (flat @ weight).reshape(*grad.shape[:-1], weight.shape[1])
+        if input is not None:
+            weight_grad = flat.t() @ input.reshape(-1, input.shape[-1])
+            ctx.sink.take_matrix(ctx.layer, grad, input, weight_grad)
+        if ctx.needs_input_grad[2]:
+            bias_grad = flat.sum(0)
+            ctx.sink.take_bias(ctx.layer, grad, bias_grad)
+        return input_grad, weight_grad, bias_grad, None, None
+
+
+class _Conv1D(torch.autograd.Function):
+    """``input @ weight + bias``: transformers' Linear with a transposed weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, layer: OwnedLayer, sink: Sink
+    ) -> Tensor:
+        ctx.layer, ctx.sink = layer, sink
+        _save_factors(ctx, input, weight)
+        flat = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight)
+        return flat.view(*input.shape[:-1], weight.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        input_grad = weight_grad = bias_grad = None
+        if weight is not None:
+            input_grad = (flat @ weight.t()).reshape(*grad.shape[:-1], weight.shape[0])
+        if input is not None:
+            weight_grad = input.reshape(-1, input.shape[-1]).t() @ flat
+            ctx.sink.take_matrix(ctx.layer, input, grad, weight_grad)
+        if ctx.needs_input_grad[2]:
+            bias_grad = flat.sum(0)
+            ctx.sink.take_bias(ctx.layer, grad, bias_grad)
+        return input_grad, weight_grad, bias_grad, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of ``weight``; where the ids are shared by all samples, one copy of the output per sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int, layer: OwnedLayer, sink: Sink
+    ) -> Tensor:
+        ctx.layer, ctx.sink, ctx.padding_idx = layer, sink, padding_idx
+        ctx.num_rows = weight.shape[0]
+        ctx.save_for_backward(ids)
+        output = F.embedding(ids, weight, padding_idx if padding_idx >= 0 else None)
+        return sink.expand_shared(layer, output, ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        lookup_grad = grad.sum_to_size((*ids.shape, grad.shape[-1]))
+        weight_grad = torch.ops.aten.embedding_dense_backward(
+            lookup_grad, ids, ctx.num_rows, ctx.padding_idx, False
+        )
+        if ctx.padding_idx >= 0:
+            grad = grad.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0)
+        ctx.sink.take_embedding(ctx.layer, ids, grad)
+        return weight_grad, None, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Layer normalisation with a weight and perhaps a bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shape: Sequence[int],
+        eps: float,
+        layer: OwnedLayer,
+        sink: Sink,
+    ) -> Tensor:
+        ctx.layer, ctx.sink, ctx.shape = layer, sink, shape
+        output, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
+        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, mean, rstd = ctx.saved_tensors
+        grads = torch.ops.aten.native_layer_norm_backward(
+            grad.contiguous(), input, ctx.shape, mean, rstd, weight, bias, list(ctx.needs_input_grad[:3])
+        )
+        normalised, dims = (input - mean) * rstd, len(ctx.shape)
+        ctx.sink.take_norm(ctx.layer, normalised.flatten(-dims), grad.flatten(-dims))
+        return *grads, None, None, None, None
+
+
+def _save_factors(ctx: Any, input: Tensor, weight: Tensor) -> None:
+    """Save what autograd would: the input for the weight's gradient, the weight for the input's."""
+    ctx.save_for_backward(
+        input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+    )
+
+
+def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
+    _forbid_autocast(layer, input)
+    return _apply(_Linear, input, layer.module.weight, layer.module.bias, layer, sink)
+
+
+def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:
+    _forbid_autocast(layer, x)
+    return _apply(_Conv1D, x, layer.module.weight, layer.module.bias, layer, sink)
+
+
+def _embedding(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
+    padding_idx = layer.module.padding_idx
+    return _apply(
+        _Embedding, layer.module.weight, input, -1 if padding_idx is None else padding_idx, layer, sink
+    )
+
+
+def _layer_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
+    _forbid_autocast(layer, input)
+    module = layer.module
+    return _apply(
+        _LayerNorm, input, module.weight, module.bias, module.normalized_shape, module.eps, layer, sink
+    )
+
+
+_FORWARDS: dict[LayerKind, Callable[..., Any]] = {
+    LayerKind.LINEAR: _linear,
+    LayerKind.CONV1D: _conv1d,
+    LayerKind.EMBEDDING: _embedding,
+    LayerKind.LAYER_NORM: _layer_norm,
+}
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def _forbid_autocast(layer: OwnedLayer, input: Tensor) -> None:
+    if torch.is_autocast_enabled(input.device.type):
+        raise RuntimeError(
+            f"record: layer {layer.name!r} ran under autocast, which recording does not support; train in "
+            f"fp32 while recording"
+        )

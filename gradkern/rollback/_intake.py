@@ -1,0 +1,239 @@
+"""From captured factors to compressed records: the sink of the capturing layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradkern.errors import LedgerError
+from gradkern.rollback._conservation import Shadows
+from gradkern.rollback._fidelity import Fidelity, embedding_fidelity, matrix_fidelity, vector_fidelity
+from gradkern.rollback._ownership import OwnedLayer, Ownership
+from gradkern.rollback._records import EmbeddingRecord, MatrixRecord, Record, VectorRecord
+from gradkern.rollback._reduce import low_rank_matrix, low_rank_product, quantize_rows
+
+__all__ = ["Intake", "Visits"]
+
+
+@dataclass(slots=True)
+class Visits:
+    """What backward passes left since the last optimizer step.
+
+    Attributes:
+        ids: The sample ids of each micro-batch.
+        records: ``(stream, record)``; a record's ``visit`` counts from the first row of ``ids``.
+        fidelity: ``(stream, comparison)`` for the samples that were compared exactly.
+    """
+
+    ids: list[Tensor] = field(default_factory=list)
+    records: list[tuple[int, Record]] = field(default_factory=list)
+    fidelity: list[tuple[int, Fidelity]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Number of visits."""
+        return sum(len(ids) for ids in self.ids)
+
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return sum(record.nbytes() for _, record in self.records)
+
+
+class Intake:
+    """Splits what layers hand over into samples, adds it to the shadows and compresses it.
+
+    Args:
+        ownership: What is recorded.
+        shadows: Receives the exact sums.
+        rank: Most rows kept of a matrix's factors per sample.
+    """
+
+    def __init__(self, ownership: Ownership, shadows: Shadows, rank: int) -> None:
+        self._streams = ownership.layout.streams
+        self._shadows = shadows
+        self._starts: dict[int, Tensor] = {}
+        for index, stream in enumerate(self._streams):
+            if stream.kind != "vector":
+                parameter = ownership.parameters[stream.parameter]
+                # A private generator: recording must not move the run's random numbers.
+                generator = torch.Generator().manual_seed(index)
+                start = torch.randn(min(rank, *parameter.shape), parameter.shape[1], generator=generator)
+                self._starts[index] = start.to(parameter.device)
+        self._ids: Tensor | None = None
+        self._first_visit: int | None = None
+        self._compare = False
+        self._visits = Visits()
+
+    @property
+    def active(self) -> bool:
+        """True between :meth:`begin` and :meth:`end`."""
+        return self._ids is not None
+
+    def begin(self, ids: Tensor, compare: bool) -> None:
+        """Attribute what follows to ``ids``; ``compare`` measures the first sample's compression exactly."""
+        self._ids, self._first_visit, self._compare = ids, None, compare
+
+    def end(self) -> None:
+        """Attribute nothing any more."""
+        self._ids = None
+
+    def take(self) -> Visits:
+        """Hand over everything since the last call."""
+        visits, self._visits, self._first_visit = self._visits, Visits(), None
+        return visits
+
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return self._visits.nbytes() + sum(start.nbytes for start in self._starts.values())
+
+    def expand_shared(self, layer: OwnedLayer, output: Tensor, ids: Tensor) -> Tensor:
+        """See :class:`gradkern.rollback._capture.Sink`."""
+        if self._ids is None:
+            if layer.shared_input:
+                raise LedgerError(
+                    f"record: embedding {layer.name!r} is in shared_inputs, so its forward must run inside "
+                    f"'with recorder.batch(ids)': only there is the number of samples known"
+                )
+            return output
+        samples = len(self._ids)
+        if layer.shared_input or (ids.dim() > 1 and ids.shape[0] == 1 and samples > 1):
+            # One copy per sample, or the sum over samples would be all that backward ever sees.
+            own = output.squeeze(0) if ids.dim() > 1 and ids.shape[0] == 1 else output
+            return own.expand(samples, *own.shape)
+        if (
+            ids.dim() == 1
+            and len(ids) == samples > 1
+            and bool((ids == torch.arange(samples, device=ids.device)).all())
+        ):
+            raise ValueError(
+                f"record: embedding {layer.name!r} got the ids 0..{samples - 1} in a batch of {samples} "
+                f"samples: one id per sample, or positions shared by all samples? If shared, pass "
+                f"shared_inputs={[layer.name]!r}; if one per sample, give the ids a second dimension (ids[:, "
+                f"None])"
+            )
+        return output
+
+    def take_matrix(self, layer: OwnedLayer, rows: Tensor, columns: Tensor, weight_grad: Tensor) -> None:
+        """See :class:`gradkern.rollback._capture.Sink`."""
+        rows, columns = self._per_sample(layer, rows), self._per_sample(layer, columns)
+        if layer.weight is None:
+            return
+        self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
+        left, right = low_rank_product(rows, columns, self._starts[layer.weight])
+        record = MatrixRecord(self._visit_numbers(layer), *quantize_rows(left), *quantize_rows(right))
+        self._visits.records.append((layer.weight, record))
+        if self._compare:
+            self._visits.fidelity.append((layer.weight, matrix_fidelity(rows[0], columns[0], record)))
+
+    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
+        """See :class:`gradkern.rollback._capture.Sink`."""
+        gradients = self._per_sample(layer, grad).sum(dim=1)
+        if layer.bias is not None:
+            self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
+            self._add_vector(layer, layer.bias, gradients)
+
+    def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
+        """See :class:`gradkern.rollback._capture.Sink`."""
+        grad, normalised = self._per_sample(layer, grad), self._per_sample(layer, normalised)
+        for stream, gradients in (
+            (layer.weight, (grad * normalised).sum(dim=1)),
+            (layer.bias, grad.sum(dim=1)),
+        ):
+            if stream is not None:
+                self._shadows.add_gradient(self._streams[stream].parameter, gradients.sum(dim=0))
+                self._add_vector(layer, stream, gradients)
+
+    def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
+        """See :class:`gradkern.rollback._capture.Sink`."""
+        if layer.weight is None:
+            return
+        ids, grad = self._per_sample_rows(layer, ids, grad)
+        self._shadows.add_gradient_rows(
+            self._streams[layer.weight].parameter, ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        )
+        index, merged = _merge_equal(ids, grad)
+        left, right = low_rank_matrix(merged, self._starts[layer.weight])
+        record = EmbeddingRecord(
+            self._visit_numbers(layer), index.to(torch.int32), *quantize_rows(left), *quantize_rows(right)
+        )
+        self._visits.records.append((layer.weight, record))
+        if self._compare:
+            self._visits.fidelity.append((layer.weight, embedding_fidelity(merged[0], record)))
+
+    def _add_vector(self, layer: OwnedLayer, stream: int, gradients: Tensor) -> None:
+        record = VectorRecord(self._visit_numbers(layer), *quantize_rows(gradients))
+        self._visits.records.append((stream, record))
+        if self._compare:
+            self._visits.fidelity.append((stream, vector_fidelity(gradients[0], record)))
+
+    def _visit_numbers(self, layer: OwnedLayer) -> Tensor:
+        """The numbers of the current micro-batch's rows among the visits since the last step."""
+        ids = self._require_ids(layer)
+        if self._first_visit is None:
+            self._first_visit = self._visits.count
+            self._visits.ids.append(ids)
+        return torch.arange(self._first_visit, self._first_visit + len(ids), dtype=torch.int32)
+
+    def _per_sample(self, layer: OwnedLayer, tensor: Tensor) -> Tensor:
+        """View ``(B, ..., N)`` or sample-major ``(B * T, N)`` as ``(B, T, N)``."""
+        samples = len(self._require_ids(layer))
+        leading = tensor.shape[:-1]
+        if len(leading) == 1 and leading[0] > 0 and leading[0] % samples == 0:
+            return tensor.reshape(samples, -1, tensor.shape[-1])
+        if len(leading) > 1 and leading[0] == samples:
+            return tensor.reshape(samples, -1, tensor.shape[-1])
+        raise LedgerError(
+            f"record: layer {layer.name!r} saw rows of shape {tuple(leading)} for {samples} sample ids; "
+            f"expected the first dimension to be the {samples} samples, or one dimension of a multiple of "
+            f"{samples} rows, sample by sample. Pass recorder.batch one id per row of the micro-batch, or "
+            f"exclude the layer with unowned={[f'{layer.name}.*']!r}"
+        )
+
+    def _per_sample_rows(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """View an embedding's ids and gradient as ``(B, T)`` and ``(B, T, columns)``."""
+        samples = len(self._require_ids(layer))
+        if grad.shape[:-1] != ids.shape:
+            shared = ids.reshape(1, -1).expand(samples, -1)
+            return shared, grad.reshape(samples, -1, grad.shape[-1])
+        if ids.dim() > 0 and ids.shape[0] == samples:
+            return ids.reshape(samples, -1), grad.reshape(samples, -1, grad.shape[-1])
+        raise LedgerError(
+            f"record: embedding {layer.name!r} looked up ids of shape {tuple(ids.shape)} for {samples} "
+            f"sample ids; expected the first dimension to be the {samples} samples. If these ids are shared "
+            f"by all samples (positions), pass shared_inputs={[layer.name]!r} and run forward inside "
+            f"recorder.batch"
+        )
+
+    def _require_ids(self, layer: OwnedLayer) -> Tensor:
+        if self._ids is None:
+            raise LedgerError(
+                f"record: a gradient reached layer {layer.name!r} outside 'with recorder.batch(ids)', so it "
+                f"belongs to no sample; call backward inside it, and close the recorder before other uses of "
+                f"the model's gradients. Clear the gradients (zero_grad) and call recorder.discard() before "
+                f"going on"
+            )
+        return self._ids
+
+
+def _merge_equal(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up the gradients of equal ids within each sample.
+
+    Args:
+        ids: Shape ``(B, T)``.
+        grad: Shape ``(B, T, columns)``.
+
+    Returns:
+        ``(index, merged)`` of shapes ``(B, U)`` and ``(B, U, columns)``, with ``U`` the largest number of
+        different ids in a sample; samples with fewer have index 0 and zeros there.
+    """
+    ordered, order = ids.sort(dim=1)
+    is_new = torch.ones_like(ordered)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    slot_in_order = is_new.cumsum(dim=1) - 1
+    slots = torch.empty_like(order).scatter_(1, order, slot_in_order)
+    width = int(slots.max()) + 1
+    index = ids.new_zeros(ids.shape[0], width).scatter_(1, slots, ids)
+    merged = grad.new_zeros(ids.shape[0], width, grad.shape[-1])
+    return index, merged.scatter_add_(1, slots.unsqueeze(-1).expand_as(grad), grad)

@@ -1,0 +1,293 @@
+"""Reading a ledger: which training samples made the model what it is."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gradkern.errors import LedgerError
+from gradkern.loss import Batch, LossFn, compute_loss
+from gradkern.rollback._conservation import Balance, balance, conservation_bound
+from gradkern.rollback._direct import direct_scores
+from gradkern.rollback._layout import digest_parameters
+from gradkern.rollback._segment import Segment
+from gradkern.rollback._store import StoreReader
+from gradkern.rollback._verify import Check, VerifyReport, compression
+
+__all__ = ["Influence", "Ledger", "Scores", "open_ledger"]
+
+_ESTIMATORS = ("direct",)
+
+
+@dataclass(frozen=True, slots=True)
+class Influence:
+    """The influence of one training sample on a query.
+
+    Attributes:
+        id: The sample's id, as given to ``recorder.batch``.
+        score: How much the query's loss would rise without the sample, in units of the loss; positive = it
+            helped.
+    """
+
+    id: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The influence of every recorded sample on a query.
+
+    Attributes:
+        ids: Different sample ids, ascending, int64, shape ``(samples,)``.
+        scores: As :attr:`Influence.score`, fp64, shape ``(samples,)``.
+    """
+
+    ids: torch.Tensor
+    scores: torch.Tensor
+
+
+def open_ledger(path: str | os.PathLike[str]) -> Ledger:
+    """Open a ledger for reading. Also after a crash: whatever was committed is there.
+
+    Args:
+        path: The folder given to :func:`gradkern.rollback.record`.
+
+    Raises:
+        LedgerError: There is no ledger, it is damaged, or has another format version.
+        ImportError: safetensors is not installed.
+    """
+    return Ledger(StoreReader(Path(path)))
+
+
+class Ledger:
+    """A recorded run; made by :func:`open_ledger`. Nothing in it is changed by reading."""
+
+    def __init__(self, store: StoreReader) -> None:
+        self._store = store
+        self._layout = store.layout
+
+    @property
+    def steps(self) -> int:
+        """Number of committed optimizer steps."""
+        return sum(entry.end_step - entry.first_step for entry in self._store.segments)
+
+    @property
+    def visits(self) -> int:
+        """Number of recorded visits: rows of micro-batches, over all steps."""
+        return sum(entry.visits for entry in self._store.segments)
+
+    @property
+    def complete(self) -> bool:
+        """False when recording was killed; the ledger then ends with the last committed step."""
+        return self._store.closing is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all committed files, without the catalog."""
+        return sum(entry.bytes for entry in self._store.files)
+
+    def explain(
+        self,
+        model: nn.Module,
+        query: Batch,
+        k: int = 10,
+        *,
+        loss_fn: LossFn | None = None,
+        estimator: str = "direct",
+    ) -> list[Influence]:
+        """Name the training samples that lowered a query's loss most.
+
+        Args:
+            model: The trained model, with the parameters it had when recording ended. Run in eval mode; its
+                modes, ``.grad`` and parameters are left as they are.
+            query: A batch, see :func:`gradkern.loss.compute_loss`.
+            k: Most samples to return.
+            loss_fn: ``(output, target) -> scalar``; any scalar function of the output works.
+            estimator: ``"direct"``: what the sample's own recorded steps did, without how later steps
+                reacted.
+
+        Returns:
+            At most ``k`` influences, the most helpful first.
+
+        Raises:
+            ValueError: ``k`` is below 1, or ``estimator`` is unknown.
+            LedgerError: ``model`` is another model or has other parameter values, or a file is damaged.
+        """
+        if k < 1:
+            raise ValueError(f"explain: k must be at least 1, got {k}")
+        found = self.scores(model, query, loss_fn=loss_fn, estimator=estimator)
+        scores, positions = found.scores.topk(min(k, len(found.scores)))
+        ids = found.ids[positions]
+        return [Influence(id, score) for id, score in zip(ids.tolist(), scores.tolist(), strict=True)]
+
+    def scores(
+        self, model: nn.Module, query: Batch, *, loss_fn: LossFn | None = None, estimator: str = "direct"
+    ) -> Scores:
+        """Score every recorded sample; arguments and errors as for :meth:`explain`.
+
+        Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
+        recorded parameter's size.
+        """
+        if estimator not in _ESTIMATORS:
+            raise ValueError(
+                f"estimator must be one of {', '.join(map(repr, _ESTIMATORS))}, got {estimator!r}"
+            )
+        parameters = self._layout.trained_parameters(model)
+        self._require_recorded_values(parameters)
+        owned = {
+            index: parameter
+            for index, (info, parameter) in enumerate(zip(self._layout.parameters, parameters, strict=True))
+            if info.owned
+        }
+        gradients = _query_gradients(model, owned, query, loss_fn)
+        ids, scores = direct_scores(self._layout, gradients, self._segments_from_last())
+        return Scores(ids, scores)
+
+    def conservation(self, model: nn.Module) -> Balance:
+        """Recompute how well the recorded changes add up to the model's, from the files and the model.
+
+        Args:
+            model: The trained model, with the parameters it had when recording ended.
+
+        Raises:
+            LedgerError: The ledger is not complete, a file is damaged, or ``model`` is another model.
+        """
+        closing = self._store.closing
+        if closing is None:
+            raise LedgerError(
+                f"conservation cannot be checked: recording ended without close() after {self.steps} "
+                f"committed steps, so the sums were never written; explain() works, verify() needs a "
+                f"complete ledger"
+            )
+        return balance(
+            self._layout.parameters,
+            self._store.load_role("initial"),
+            self._store.load_role("deltas"),
+            closing.decays,
+            self._layout.trained_parameters(model),
+            self.steps,
+        )
+
+    def verify(self, model: nn.Module | None = None) -> VerifyReport:
+        """Check the ledger's files, and with ``model`` the conservation law.
+
+        Args:
+            model: The trained model, with the parameters it had when recording ended. Without it the law
+                cannot be checked and the report does not pass.
+
+        Returns:
+            The report. Damaged files, an incomplete ledger and a broken law are failed checks, not
+            exceptions.
+
+        Raises:
+            LedgerError: ``model`` is another model than the recorded one.
+        """
+        if model is not None:
+            self._layout.trained_parameters(model)
+        files, fidelity = self._check_files()
+        checks = [files]
+        if model is not None and self.complete and files.passed:
+            checks += self._check_conservation(model)
+        else:
+            reason = (
+                "pass the trained model to check it"
+                if model is None
+                else "recording ended without close()"
+                if not self.complete
+                else "a file is damaged"
+            )
+            checks.append(Check("conservation", None, None, None, reason))
+        return VerifyReport(tuple(checks), compression(self._layout, fidelity))
+
+    def _check_files(self) -> tuple[Check, torch.Tensor]:
+        """Read every committed file; also collects the comparisons of records with exact gradients."""
+        fidelity = [torch.empty(0, 4, dtype=torch.float64)]
+        damaged = []
+        for entry in self._store.files:
+            try:
+                tensors = self._store.load(entry)
+            except LedgerError as error:
+                damaged.append(str(error))
+                continue
+            if entry.role == "segment":
+                fidelity.append(tensors["fidelity"])
+        detail = damaged[0] if damaged else f"all {len(self._store.files)} files match their checksums"
+        return Check("damaged files", not damaged, float(len(damaged)), 0.0, detail), torch.cat(fidelity)
+
+    def _check_conservation(self, model: nn.Module) -> list[Check]:
+        found, bound = self.conservation(model), conservation_bound(self.steps)
+        unowned = [info.name for info in self._layout.parameters if not info.owned]
+        residual = (
+            f"; {found.unowned_share:.1%} of all movement is outside it, in unowned {', '.join(unowned)}"
+            if unowned
+            else ""
+        )
+        return [
+            Check(
+                "conservation",
+                found.error <= bound,
+                found.error,
+                bound,
+                f"sum of all recorded changes against the real one after {self.steps} steps{residual}",
+            ),
+            Check(
+                "conservation by parameter",
+                found.worst_ratio <= 1.0,
+                found.worst_ratio,
+                1.0,
+                f"largest error over what rounding allows, at {found.worst_parameter or 'no parameter'}",
+            ),
+        ]
+
+    def _require_recorded_values(self, parameters: tuple[nn.Parameter, ...]) -> None:
+        """Influence is about the parameters that the recorded steps ended with, and no others."""
+        closing = self._store.closing
+        if closing is None:
+            warnings.warn(
+                f"recording ended without close(): the ledger ends with step {self.steps} and cannot tell "
+                f"whether the model has the parameters of that step",
+                stacklevel=4,
+            )
+            return
+        named = {info.name: tensor for info, tensor in zip(self._layout.parameters, parameters, strict=True)}
+        if digest_parameters(named) != closing.parameter_digest:
+            raise LedgerError(
+                "the model's parameters differ from those at the end of the recording, and influence on them "
+                "was never recorded; load the parameters of the recorded run's last step into the model"
+            )
+
+    def _segments_from_last(self) -> Iterator[Segment]:
+        for entry in reversed(self._store.segments):
+            yield Segment.from_tensors(self._layout, self._store.load(entry))
+
+
+def _query_gradients(
+    model: nn.Module, owned: dict[int, nn.Parameter], query: Batch, loss_fn: LossFn | None
+) -> dict[int, torch.Tensor]:
+    """Gradient of the query's loss by parameter, in host memory; zero where it does not depend on one."""
+    with _eval_mode(model), torch.enable_grad():
+        loss = compute_loss(model, query, loss_fn)
+        gradients = torch.autograd.grad(loss, list(owned.values()), allow_unused=True)
+    return {
+        index: torch.zeros(parameter.shape) if gradient is None else gradient.detach().cpu().contiguous()
+        for (index, parameter), gradient in zip(owned.items(), gradients, strict=True)
+    }
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module, and each module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

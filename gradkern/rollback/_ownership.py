@@ -1,0 +1,210 @@
+"""Decides which layers' gradients can be told apart per sample, and refuses to record when some cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from gradkern.rollback._layout import Layout, ParameterInfo, Stream, describe_parameters
+
+__all__ = ["LayerKind", "OwnedLayer", "Ownership", "claim"]
+
+
+class LayerKind(Enum):
+    """The layers whose per-sample gradients can be captured."""
+
+    LINEAR = "Linear"
+    CONV1D = "Conv1D"
+    EMBEDDING = "Embedding"
+    LAYER_NORM = "LayerNorm"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedLayer:
+    """A layer to be captured.
+
+    Attributes:
+        name: In ``model.named_modules()``.
+        module: The layer.
+        kind: How to capture it.
+        weight: Index of the weight's stream, or None when the weight is not recorded.
+        bias: Index of the bias's stream, or None.
+        shared_input: True for an embedding whose ids are the same for all samples.
+    """
+
+    name: str
+    module: nn.Module
+    kind: LayerKind
+    weight: int | None
+    bias: int | None
+    shared_input: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """What will be recorded.
+
+    Attributes:
+        layout: The same as plain data.
+        parameters: The trained parameters, as in ``layout.parameters``.
+        layers: The layers to be captured.
+    """
+
+    layout: Layout
+    parameters: tuple[nn.Parameter, ...]
+    layers: tuple[OwnedLayer, ...]
+
+
+def claim(
+    model: nn.Module,
+    trained: Iterable[torch.Tensor],
+    unowned: Sequence[str],
+    shared_inputs: Sequence[str],
+) -> Ownership:
+    """Work out which parameters are recorded, and through which layers.
+
+    Args:
+        model: The model.
+        trained: The optimizer's parameters; others are left alone.
+        unowned: Patterns of parameter names to leave out.
+        shared_inputs: Patterns of names of embeddings whose ids are shared by all samples.
+
+    Raises:
+        ValueError: Nothing to record; a parameter that no captured layer holds and ``unowned`` does not name;
+            a pattern that matches nothing; an embedding or a layer in a state that cannot be captured.
+        TypeError: A trained parameter is not fp32.
+    """
+    trained_ids = {id(parameter) for parameter in trained}
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) in trained_ids
+    }
+    if not parameters:
+        raise ValueError(
+            "record: the optimizer trains none of the model's parameters; build the optimizer from "
+            "model.parameters() of the same model"
+        )
+    _require_fp32(parameters)
+    left_out = _matching(parameters, unowned, "unowned", "parameter")
+    indices = {id(parameter): index for index, parameter in enumerate(parameters.values())}
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    layers: list[OwnedLayer] = []
+    streams: list[Stream] = []
+    owned: set[str] = set()
+
+    def stream(layer: str, parameter: torch.Tensor | None, kind: str) -> int | None:
+        name = names.get(id(parameter))
+        if name is None or name in left_out:
+            return None
+        owned.add(name)
+        streams.append(Stream(layer, indices[id(parameter)], kind))
+        return len(streams) - 1
+
+    candidates = [
+        (name, module, kind) for name, module in model.named_modules() if (kind := _kind(module)) is not None
+    ]
+    embeddings = {name: module for name, module, kind in candidates if kind is LayerKind.EMBEDDING}
+    shared = _matching(embeddings, shared_inputs, "shared_inputs", "embedding")
+    for name, module, kind in candidates:
+        weight = stream(name, module._parameters.get("weight"), _WEIGHT_STREAM[kind])
+        bias = stream(name, module._parameters.get("bias"), "vector")
+        if weight is None and bias is None:
+            continue
+        _require_capturable(name, module)
+        layers.append(OwnedLayer(name, module, kind, weight, bias, name in shared))
+    unclaimed = [name for name in parameters if name not in owned and name not in left_out]
+    if unclaimed:
+        raise ValueError(
+            f"record: no per-sample gradient can be captured for {_listed(unclaimed)}; captured are the "
+            f"parameters of Linear, Embedding, LayerNorm and transformers' Conv1D. Pass "
+            f"unowned={unclaimed!r} (patterns allowed) to record the rest; the influence that runs through "
+            f"these is then not counted"
+        )
+    layout = Layout(
+        model=describe_parameters(model),
+        parameters=tuple(
+            ParameterInfo(name, tuple(parameter.shape), name in owned)
+            for name, parameter in parameters.items()
+        ),
+        streams=tuple(streams),
+    )
+    return Ownership(layout, tuple(parameters.values()), tuple(layers))
+
+
+_WEIGHT_STREAM: Mapping[LayerKind, str] = {
+    LayerKind.LINEAR: "matrix",
+    LayerKind.CONV1D: "matrix",
+    LayerKind.EMBEDDING: "embedding",
+    LayerKind.LAYER_NORM: "vector",
+}
+
+
+def _kind(module: nn.Module) -> LayerKind | None:
+    """How a layer is captured; subclasses are not: their forward, or who reads their weight, may differ."""
+    layer_type = type(module)
+    if layer_type is nn.Linear:
+        return LayerKind.LINEAR
+    if layer_type is nn.Embedding:
+        return LayerKind.EMBEDDING
+    if layer_type is nn.LayerNorm:
+        return LayerKind.LAYER_NORM
+    # Recognised by name, so that transformers need not be installed.
+    if layer_type.__name__ == "Conv1D" and layer_type.__module__ == "transformers.pytorch_utils":
+        return LayerKind.CONV1D
+    return None
+
+
+def _require_fp32(parameters: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            raise TypeError(
+                f"record: parameter {name!r} has dtype {parameter.dtype}, expected torch.float32; train the "
+                f"model in fp32 (model.float()), or freeze the parameter"
+            )
+
+
+def _require_capturable(name: str, module: nn.Module) -> None:
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"record: layer {name!r} already has a forward of its own on the instance (another recorder, or "
+            f"a wrapper); close or remove that first, and apply it again inside record()"
+        )
+    if isinstance(module, nn.Embedding):
+        for option, got, wanted in (
+            ("sparse", module.sparse, False),
+            ("max_norm", module.max_norm, None),
+            ("scale_grad_by_freq", module.scale_grad_by_freq, False),
+        ):
+            if got != wanted:
+                raise ValueError(
+                    f"record: embedding {name!r} has {option}={got}, which cannot be split per sample; set "
+                    f"{option}={wanted}, or pass unowned={[f'{name}.weight']!r}"
+                )
+
+
+def _matching(names: Mapping[str, object], patterns: Sequence[str], argument: str, what: str) -> set[str]:
+    """The names that match any pattern; a pattern that matches nothing is a mistake."""
+    if isinstance(patterns, str):
+        raise TypeError(f"record: {argument} must be a list of patterns, got the string {patterns!r}")
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
+            raise ValueError(
+                f"record: {argument} pattern {pattern!r} matches no {what}; there are {_listed(names)}"
+            )
+        found |= matches
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    everything = list(names)
+    shown = ", ".join(repr(name) for name in everything[:8])
+    return shown if len(everything) <= 8 else f"{shown} and {len(everything) - 8} more"

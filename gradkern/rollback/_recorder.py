@@ -1,0 +1,310 @@
+"""Recording a training run: per-sample gradients out of backward, steps out of the optimizer, to disk."""
+
+from __future__ import annotations
+
+import operator
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradkern.errors import LedgerError
+from gradkern.rollback._capture import captured
+from gradkern.rollback._conservation import Shadows
+from gradkern.rollback._intake import Intake
+from gradkern.rollback._layout import digest_parameters
+from gradkern.rollback._ownership import claim
+from gradkern.rollback._segment import Segment, StepRecord, StepScalars
+from gradkern.rollback._smoothing import smooth
+from gradkern.rollback._store import Closing, StoreWriter
+from gradkern.step_event import ParamStep, StepEvent
+
+__all__ = ["RecordableOptimizer", "Recorder", "record"]
+
+# Every so many steps the first sample of each micro-batch is compared exactly with its compressed record.
+_COMPARE_EVERY = 8
+
+
+class RecordableOptimizer(Protocol):
+    """What recording needs of an optimizer: its parameters, its state, and its step events."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As in ``torch.optim.Optimizer``."""
+        ...
+
+    @property
+    def state(self) -> Any:
+        """As in ``torch.optim.Optimizer``."""
+        ...
+
+    def register_step_event_hook(self, hook: Any) -> RemovableHandle:
+        """See :class:`gradkern.step_event.StepEventSource`."""
+        ...
+
+
+def record(
+    model: nn.Module,
+    optimizer: RecordableOptimizer,
+    path: str | os.PathLike[str],
+    *,
+    rank: int = 2,
+    steps_per_segment: int = 10,
+    unowned: Sequence[str] = (),
+    shared_inputs: Sequence[str] = (),
+) -> Recorder:
+    """Start recording what every training sample does to ``model``.
+
+    Recording begins at once, before the first optimizer step, and ends with :meth:`Recorder.close` or the
+    ``with`` block. Training itself is unchanged: gradients are bit-equal to those of the unrecorded model.
+
+    Args:
+        model: In fp32. Its Linear, Embedding, LayerNorm and transformers' Conv1D layers are recorded.
+        optimizer: One of gradkern's, over parameters of ``model``, before its first step.
+        path: Folder to create for the ledger; must not exist.
+        rank: Directions kept of a sample's gradient of a matrix. A sample with at most ``rank`` rows (tokens)
+            is kept exactly. Bytes per visit grow with it.
+        steps_per_segment: Optimizer steps per file. A crash loses at most the steps since the last file;
+            their records wait in memory.
+        unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as
+            BatchNorm's.
+        shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
+            a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by
+            themselves.
+
+    Raises:
+        LedgerError: ``path`` exists, or the optimizer has already made steps.
+        ValueError: ``rank`` or ``steps_per_segment`` is below 1; a trained parameter can neither be recorded
+            nor is in ``unowned``; a pattern matches nothing.
+        TypeError: A trained parameter is not fp32, or the optimizer reports no steps.
+        ImportError: safetensors is not installed.
+
+    Example:
+        >>> recorder = record(model, optimizer, "runs/a")       # doctest: +SKIP
+        >>> with recorder.batch(ids):                           # doctest: +SKIP
+        ...     loss_fn(model(inputs), targets).backward()
+    """
+    for name, value in (("rank", rank), ("steps_per_segment", steps_per_segment)):
+        if operator.index(value) < 1:
+            raise ValueError(f"record: {name} must be at least 1, got {value}")
+    if not hasattr(optimizer, "register_step_event_hook"):
+        raise TypeError(
+            f"record: {type(optimizer).__name__} does not report its steps (no register_step_event_hook); "
+            f"use an optimizer of gradkern, for example gradkern.AdamW in place of torch.optim.AdamW"
+        )
+    return Recorder(model, optimizer, Path(path), rank, steps_per_segment, unowned, shared_inputs)
+
+
+class Recorder:
+    """A recording in progress; made by :func:`record`.
+
+    One recorder belongs to one training loop in one thread. It holds three fp32 tensors of every recorded
+    parameter's size (the conservation check) and the records of the steps since the last file.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: RecordableOptimizer,
+        path: Path,
+        rank: int,
+        steps_per_segment: int,
+        unowned: Sequence[str],
+        shared_inputs: Sequence[str],
+    ) -> None:
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        ownership = claim(model, trained, unowned, shared_inputs)
+        self._layout = ownership.layout
+        self._parameters = ownership.parameters
+        self._indices = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        self._model_parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._require_fresh(optimizer)
+        self._shadows = Shadows(self._parameters, self._layout.parameters)
+        self._intake = Intake(ownership, self._shadows, rank)
+        self._steps_per_segment = steps_per_segment
+        self._pending: list[StepRecord] = []
+        self._most_pending_bytes = 0
+        self._steps = 0
+        self._closed = False
+        self._store = self._create_store(path, rank)
+        self._attached = ExitStack()
+        self._attached.enter_context(captured(ownership.layers, self._intake))
+        handle = optimizer.register_step_event_hook(self._on_step)
+        self._attached.callback(handle.remove)
+
+    @contextmanager
+    def batch(self, ids: Sequence[int] | Tensor) -> Iterator[None]:
+        """Attribute the gradients of a micro-batch to its samples.
+
+        Run ``backward`` inside; ``forward`` may run before, except for models with shared embedding ids
+        (positions of shape ``(1, T)``, as in GPT-2).
+
+        Args:
+            ids: One integer per row of the micro-batch. Rows may share an id; influence is then reported for
+                the id as a whole.
+
+        Raises:
+            LedgerError: The recorder is closed, or another batch is open.
+            TypeError: ``ids`` are not integers.
+            ValueError: ``ids`` are empty or not one-dimensional.
+        """
+        numbers = _sample_ids(ids)
+        if self._closed:
+            raise LedgerError("recorder.batch: the recorder is closed; start another with record()")
+        if self._intake.active:
+            raise LedgerError("recorder.batch: a batch is already open; leave it before opening the next")
+        self._intake.begin(numbers, compare=self._steps % _COMPARE_EVERY == 0)
+        try:
+            yield
+        finally:
+            self._intake.end()
+
+    def discard(self) -> None:
+        """Forget the gradients recorded since the last step.
+
+        Call it when gradients are cleared without a step (a skipped step of a stock ``GradScaler``, a loss
+        that was not finite); otherwise the conservation check fails.
+        """
+        self._intake.take()
+        self._shadows.drop_gradients()
+
+    def held_bytes(self) -> int:
+        """Bytes that recording holds while training, for memory plans.
+
+        Exact for what depends on the model; the records waiting for the next file count with the most seen so
+        far, nothing before the first step.
+        """
+        return self._shadows.nbytes() + self._intake.nbytes() + self._most_pending_bytes
+
+    def close(self) -> None:
+        """Write what is left, complete the ledger and restore the model. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._attached.close()
+        try:
+            self._commit_pending()
+            infos = self._layout.parameters
+            deltas = {infos[index].name: delta.cpu() for index, delta in self._shadows.deltas.items()}
+            named = {info.name: parameter for info, parameter in zip(infos, self._parameters, strict=True)}
+            self._store.commit_closing(deltas, Closing(tuple(self._shadows.decays), digest_parameters(named)))
+        finally:
+            self._store.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def _on_step(self, event: StepEvent) -> None:
+        """Attribute the finished step to the visits since the one before."""
+        if event.skipped is not None and bool(event.skipped):
+            self.discard()
+            return
+        updates = self._tracked(event)
+        scalars: dict[int, StepScalars] = {}
+        preconditioners: dict[int, tuple[Tensor, ...]] = {}
+        multipliers: dict[int, float] = {}
+        for index, update in updates:
+            # Parameters mostly share the tensor; reading it synchronises a GPU, so once is enough.
+            key = id(update.grad_multiplier)
+            if key not in multipliers:
+                multipliers[key] = float(update.grad_multiplier)
+            multiplier = multipliers[key]
+            exact = update.preconditioner() if self._layout.parameters[index].owned else None
+            self._shadows.step(index, update, multiplier, exact)
+            scalars[index] = StepScalars(
+                update.lr, update.decay, update.momentum, update.grad_weight, multiplier
+            )
+            if exact is not None:
+                preconditioners[index] = smooth(exact)
+        self._shadows.drop_gradients()
+        visits = self._intake.take()
+        self._pending.append(
+            StepRecord(
+                ids=torch.cat([torch.empty(0, dtype=torch.int64), *visits.ids]),
+                records=[(stream, record.cpu()) for stream, record in visits.records],
+                fidelity=visits.fidelity,
+                scalars=scalars,
+                preconditioners=preconditioners,
+            )
+        )
+        self._steps += 1
+        waiting = sum(step.nbytes() for step in self._pending)
+        self._most_pending_bytes = max(self._most_pending_bytes, waiting)
+        if len(self._pending) >= self._steps_per_segment:
+            self._commit_pending()
+
+    def _tracked(self, event: StepEvent) -> list[tuple[int, ParamStep]]:
+        """The event's entries for this model's parameters, checked before anything is changed."""
+        updates = []
+        for update in event.params:
+            index = self._indices.get(id(update.param))
+            if index is not None:
+                updates.append((index, update))
+            elif id(update.param) in self._model_parameters:
+                raise LedgerError(
+                    f"record: the optimizer stepped parameter {self._model_parameters[id(update.param)]!r}, "
+                    f"which it did not train when recording began; unfreeze and add parameters before "
+                    f"record()"
+                )
+        return updates
+
+    def _commit_pending(self) -> None:
+        if self._pending:
+            segment = Segment.build(self._layout, self._pending)
+            self._store.commit_segment(segment.tensors(), segment.steps, len(segment.visit_ids))
+            self._pending = []
+
+    def _create_store(self, path: Path, rank: int) -> StoreWriter:
+        infos = self._layout.parameters
+        initial = {
+            info.name: parameter.detach().cpu()
+            for info, parameter in zip(infos, self._parameters, strict=True)
+        }
+        existed = path.exists()
+        try:
+            return StoreWriter(
+                path, self._layout, initial, {"rank": str(rank), "torch": str(torch.__version__)}
+            )
+        except BaseException:
+            if not existed:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def _require_fresh(self, optimizer: RecordableOptimizer) -> None:
+        """Momentum from before the recording would belong to no sample."""
+        for name, parameter in ((self._model_parameters[id(p)], p) for p in self._parameters):
+            state = optimizer.state.get(parameter) or {}
+            if float(state.get("step", 0)) > 0:
+                raise LedgerError(
+                    f"record: the optimizer has already made {int(state['step'])} steps on {name!r}, whose "
+                    f"momentum belongs to no recorded sample; start recording before the first step"
+                )
+
+
+def _sample_ids(ids: Sequence[int] | Tensor) -> Tensor:
+    """Sample ids as a one-dimensional int64 tensor in host memory."""
+    if isinstance(ids, Tensor):
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise TypeError(f"recorder.batch: ids must be integers, got a tensor of {ids.dtype}")
+        numbers = ids.detach().to("cpu", torch.int64, copy=True)
+    else:
+        numbers = torch.tensor([operator.index(number) for number in ids], dtype=torch.int64)
+    if numbers.dim() != 1 or numbers.numel() == 0:
+        raise ValueError(
+            f"recorder.batch: ids must be one-dimensional with one entry per row of the micro-batch, got "
+            f"shape {tuple(numbers.shape)}"
+        )
+    return numbers

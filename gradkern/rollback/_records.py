@@ -1,0 +1,153 @@
+"""What the ledger keeps of per-sample gradients: three compressed forms of one parameter's gradients.
+
+Each form holds the gradients of many visits (a visit is one row of one micro-batch) and can be joined with
+more, written to and read from named tensors, and multiplied with a weight of the parameter's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+
+from gradkern.rollback._reduce import dequantize_rows
+
+__all__ = ["RECORD_TYPES", "EmbeddingRecord", "MatrixRecord", "Record", "VectorRecord"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Compressed gradients of one stream.
+
+    Attributes:
+        visit: Shape ``(n,)``, int32, ascending: which visit each entry belongs to.
+    """
+
+    kind: ClassVar[str]
+
+    visit: torch.Tensor
+
+    def inner(self, weight: torch.Tensor) -> torch.Tensor:
+        """Inner product of every entry's gradient with ``weight``: shape ``(n,)``, fp32."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Record:
+        """Build from what :meth:`tensors` gave."""
+        return cls(**tensors)
+
+    @classmethod
+    def join(cls, parts: Sequence[Record]) -> Record:
+        """Concatenate along visits; shorter ranks and row lists are padded with zeros, which add nothing."""
+        columns = [part.tensors() for part in parts]
+        return cls(**{name: _concatenate([column[name] for column in columns]) for name in columns[0]})
+
+    def between(self, first_visit: int, end_visit: int) -> Record:
+        """The entries with ``first_visit <= visit < end_visit``, as views."""
+        bounds = torch.tensor([first_visit, end_visit], dtype=self.visit.dtype)
+        low, high = torch.searchsorted(self.visit, bounds).tolist()
+        return type(self)(**{name: tensor[low:high] for name, tensor in self.tensors().items()})
+
+    def cpu(self) -> Record:
+        """The same record in host memory."""
+        return type(self)(**{name: tensor.cpu() for name, tensor in self.tensors().items()})
+
+    def nbytes(self) -> int:
+        """Bytes of all fields."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRecord(Record):
+    """Gradients of a matrix as ``leftᵀ @ right``.
+
+    Attributes:
+        left: Shape ``(n, r, rows)``, int8 codes.
+        left_scale: Shape ``(n, r)``, fp32.
+        right: Shape ``(n, r, columns)``, int8 codes.
+        right_scale: Shape ``(n, r)``, fp32.
+    """
+
+    kind: ClassVar[str] = "matrix"
+
+    left: torch.Tensor
+    left_scale: torch.Tensor
+    right: torch.Tensor
+    right_scale: torch.Tensor
+
+    def inner(self, weight: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Record.inner`; ``weight`` has shape ``(rows, columns)``."""
+        right = dequantize_rows(self.right, self.right_scale)
+        return (dequantize_rows(self.left, self.left_scale) * (right @ weight.t())).sum(dim=(1, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRecord(Record):
+    """Gradients of an embedding: few rows of it per visit, together ``leftᵀ @ right``.
+
+    Attributes:
+        index: Shape ``(n, u)``, int64: the rows of the embedding that a visit used. Padding is row 0 with
+            zeros in ``left``.
+        left: Shape ``(n, r, u)``, int8 codes.
+        left_scale: Shape ``(n, r)``, fp32.
+        right: Shape ``(n, r, columns)``, int8 codes.
+        right_scale: Shape ``(n, r)``, fp32.
+    """
+
+    kind: ClassVar[str] = "embedding"
+
+    index: torch.Tensor
+    left: torch.Tensor
+    left_scale: torch.Tensor
+    right: torch.Tensor
+    right_scale: torch.Tensor
+
+    def inner(self, weight: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Record.inner`; ``weight`` has shape ``(rows, columns)``."""
+        rows = dequantize_rows(self.left, self.left_scale) @ weight[self.index]
+        return (rows * dequantize_rows(self.right, self.right_scale)).sum(dim=(1, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class VectorRecord(Record):
+    """Gradients of a bias or a norm's weight, element by element.
+
+    Attributes:
+        value: Shape ``(n, numel)``, int8 codes.
+        scale: Shape ``(n,)``, fp32.
+    """
+
+    kind: ClassVar[str] = "vector"
+
+    value: torch.Tensor
+    scale: torch.Tensor
+
+    def inner(self, weight: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Record.inner`; ``weight`` has the parameter's shape."""
+        return (self.value.float() @ weight.reshape(-1)) * self.scale
+
+
+RECORD_TYPES: Mapping[str, type[Record]] = {
+    record.kind: record for record in (MatrixRecord, EmbeddingRecord, VectorRecord)
+}
+
+
+def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate along dimension 0, padding every other dimension with zeros to the longest."""
+    if len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return torch.cat(list(tensors))
+    longest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    joined = tensors[0].new_zeros((sum(tensor.shape[0] for tensor in tensors), *longest))
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.shape[0]
+        corner = (slice(start, end), *(slice(size) for size in tensor.shape[1:]))
+        joined[corner] = tensor
+        start = end
+    return joined

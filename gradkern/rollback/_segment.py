@@ -1,0 +1,190 @@
+"""A segment: the records of some consecutive optimizer steps, as one flat set of named tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from gradkern.errors import LedgerError
+from gradkern.rollback._fidelity import Fidelity
+from gradkern.rollback._layout import Layout
+from gradkern.rollback._records import RECORD_TYPES, Record
+
+__all__ = ["Segment", "StepRecord", "StepScalars"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepScalars:
+    """What one step applied to one parameter; see :class:`gradkern.step_event.ParamStep`."""
+
+    lr: float
+    decay: float
+    momentum: float
+    grad_weight: float
+    multiplier: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """Everything recorded between one optimizer step and the next.
+
+    Attributes:
+        ids: Shape ``(visits,)``, int64: the sample id of every visit.
+        records: ``(stream, record)``; ``visit`` counts from the first of ``ids``.
+        fidelity: ``(stream, comparison)``.
+        scalars: By parameter; parameters the step left alone are missing.
+        preconditioners: The smoothed preconditioner of every owned parameter that took part.
+    """
+
+    ids: torch.Tensor
+    records: Sequence[tuple[int, Record]]
+    fidelity: Sequence[tuple[int, Fidelity]]
+    scalars: Mapping[int, StepScalars]
+    preconditioners: Mapping[int, tuple[torch.Tensor, ...]]
+
+    def nbytes(self) -> int:
+        """Bytes of all records and preconditioners."""
+        return sum(record.nbytes() for _, record in self.records) + sum(
+            tensor.nbytes for stored in self.preconditioners.values() for tensor in stored
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The records of ``steps`` consecutive steps.
+
+    Attributes:
+        visit_ids: Shape ``(visits,)``, int64: sample ids, in the order seen.
+        visit_bounds: Shape ``(steps + 1,)``, int64: step ``t`` holds the visits from ``[t]`` to ``[t + 1]``.
+        scalars: Shape ``(steps, parameters, 5)``, fp64, in the order of :class:`StepScalars`; NaN where a
+            step left a parameter alone.
+        preconditioners: By parameter: tensors of shape ``(steps, ...)`` as
+            :func:`~gradkern.rollback._smoothing.smooth` makes them; zeros where a step left the parameter
+            alone.
+        records: By stream.
+        fidelity: Shape ``(n, 4)``, fp64: stream, ``‖G‖²``, ``⟨G, R⟩``, ``‖R‖²``.
+    """
+
+    visit_ids: torch.Tensor
+    visit_bounds: torch.Tensor
+    scalars: torch.Tensor
+    preconditioners: Mapping[int, tuple[torch.Tensor, ...]]
+    records: Mapping[int, Record]
+    fidelity: torch.Tensor
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.visit_bounds) - 1
+
+    @classmethod
+    def build(cls, layout: Layout, steps: Sequence[StepRecord]) -> Segment:
+        """Join the records of consecutive steps; all tensors end in host memory."""
+        bounds = torch.tensor([0] + [len(step.ids) for step in steps]).cumsum(0)
+        records: defaultdict[int, list[Record]] = defaultdict(list)
+        for step, first_visit in zip(steps, bounds.tolist(), strict=False):
+            for stream, record in step.records:
+                records[stream].append(replace(record, visit=record.visit + first_visit))
+        return cls(
+            visit_ids=torch.cat([step.ids for step in steps]),
+            visit_bounds=bounds,
+            scalars=_join_scalars(steps, len(layout.parameters)),
+            preconditioners=_join_preconditioners(steps),
+            records={
+                stream: RECORD_TYPES[layout.streams[stream].kind].join(parts)
+                for stream, parts in records.items()
+            },
+            fidelity=torch.tensor(
+                [
+                    (stream, comparison.exact_sq, comparison.inner, comparison.record_sq)
+                    for step in steps
+                    for stream, comparison in step.fidelity
+                ],
+                dtype=torch.float64,
+            ).reshape(-1, 4),
+        )
+
+    def step_scalars(self, step: int, parameter: int) -> StepScalars | None:
+        """What step ``step`` of this segment applied to a parameter; None if it left it alone."""
+        values = self.scalars[step, parameter].tolist()
+        return None if values[0] != values[0] else StepScalars(*values)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name; :meth:`from_tensors` reads them back."""
+        named = {
+            "visit/ids": self.visit_ids,
+            "visit/bounds": self.visit_bounds,
+            "step/scalars": self.scalars,
+            "fidelity": self.fidelity,
+        }
+        for parameter, stored in self.preconditioners.items():
+            for name, tensor in zip(_PRECONDITIONER_FIELDS[len(stored)], stored, strict=True):
+                named[f"preconditioner/{parameter}/{name}"] = tensor
+        for stream, record in self.records.items():
+            for name, tensor in record.tensors().items():
+                named[f"stream/{stream}/{name}"] = tensor
+        return named
+
+    @classmethod
+    def from_tensors(cls, layout: Layout, named: Mapping[str, torch.Tensor]) -> Segment:
+        """Read what :meth:`tensors` gave.
+
+        Raises:
+            LedgerError: A tensor is missing or unknown.
+        """
+        grouped: dict[str, defaultdict[int, dict[str, torch.Tensor]]] = {
+            "preconditioner": defaultdict(dict),
+            "stream": defaultdict(dict),
+        }
+        for name, tensor in named.items():
+            group, *path = name.split("/")
+            if group in grouped:
+                grouped[group][int(path[0])][path[1]] = tensor
+        try:
+            return cls(
+                visit_ids=named["visit/ids"],
+                visit_bounds=named["visit/bounds"],
+                scalars=named["step/scalars"],
+                fidelity=named["fidelity"],
+                preconditioners={
+                    parameter: tuple(stored[name] for name in _PRECONDITIONER_FIELDS[len(stored)])
+                    for parameter, stored in grouped["preconditioner"].items()
+                },
+                records={
+                    stream: RECORD_TYPES[layout.streams[stream].kind].from_tensors(stored)
+                    for stream, stored in grouped["stream"].items()
+                },
+            )
+        except (KeyError, IndexError, TypeError) as error:
+            raise LedgerError(
+                f"a segment does not hold the tensors of this ledger format ({error}); it was written by "
+                f"another version of gradkern: read it with that version"
+            ) from error
+
+
+_PRECONDITIONER_FIELDS: Mapping[int, tuple[str, ...]] = {1: ("values",), 2: ("rows", "columns")}
+
+
+def _join_scalars(steps: Sequence[StepRecord], parameters: int) -> torch.Tensor:
+    scalars = torch.full((len(steps), parameters, len(fields(StepScalars))), torch.nan, dtype=torch.float64)
+    for row, step in enumerate(steps):
+        for parameter, applied in step.scalars.items():
+            values = [applied.lr, applied.decay, applied.momentum, applied.grad_weight, applied.multiplier]
+            scalars[row, parameter] = torch.tensor(values, dtype=torch.float64)
+    return scalars
+
+
+def _join_preconditioners(steps: Sequence[StepRecord]) -> dict[int, tuple[torch.Tensor, ...]]:
+    joined: dict[int, tuple[torch.Tensor, ...]] = {}
+    for row, step in enumerate(steps):
+        for parameter, stored in step.preconditioners.items():
+            if parameter not in joined:
+                joined[parameter] = tuple(
+                    torch.zeros((len(steps), *tensor.shape), dtype=tensor.dtype) for tensor in stored
+                )
+            for target, tensor in zip(joined[parameter], stored, strict=True):
+                target[row] = tensor.cpu()
+    return joined

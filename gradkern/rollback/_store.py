@@ -1,0 +1,292 @@
+"""The ledger on disk: immutable tensor files and a SQLite catalog whose transactions are the commit points.
+
+A file is written under a temporary name, synced, renamed, and its folder synced, before the catalog's
+transaction names it together with its checksum. Whatever the catalog names is therefore complete on disk, and
+whatever it does not name was never committed. Segments are read whole and checked before a single tensor is
+used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from gradkern.errors import LedgerError
+from gradkern.rollback._layout import Layout
+
+__all__ = ["Closing", "FileEntry", "StoreReader", "StoreWriter"]
+
+FORMAT_VERSION = 1
+
+_CATALOG = "catalog.sqlite"
+_SEGMENT_FOLDER = "segments"
+_SCHEMA = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    """CREATE TABLE files (
+        name TEXT PRIMARY KEY,
+        role TEXT NOT NULL CHECK (role IN ('initial', 'segment', 'deltas')),
+        sha256 TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        first_step INTEGER NOT NULL,
+        end_step INTEGER NOT NULL,
+        visits INTEGER NOT NULL
+    )""",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One committed file.
+
+    Attributes:
+        name: Path inside the ledger's folder.
+        role: ``"initial"`` (``theta_0``), ``"segment"`` or ``"deltas"`` (``D`` at close).
+        sha256: Of the file's bytes.
+        bytes: The file's size.
+        first_step: First optimizer step it covers, from 0.
+        end_step: One past the last.
+        visits: Number of visits in it.
+    """
+
+    name: str
+    role: str
+    sha256: str
+    bytes: int
+    first_step: int
+    end_step: int
+    visits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """What is known only once recording has ended.
+
+    Attributes:
+        decays: Product of all decays of each trained parameter.
+        parameter_digest: Digest of the trained parameters, see
+            :func:`~gradkern.rollback._layout.digest_parameters`.
+    """
+
+    decays: tuple[float, ...]
+    parameter_digest: str
+
+
+class StoreWriter:
+    """Creates a ledger's folder and commits files to it.
+
+    Args:
+        path: Folder to create, with its parents.
+        layout: What will be recorded.
+        initial: ``theta_0`` by name.
+        settings: Further facts to keep, as strings.
+
+    Raises:
+        LedgerError: ``path`` exists.
+        ImportError: safetensors is not installed.
+    """
+
+    def __init__(
+        self, path: Path, layout: Layout, initial: Mapping[str, torch.Tensor], settings: Mapping[str, str]
+    ) -> None:
+        _safetensors()
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise LedgerError(
+                f"record: {str(path)!r} exists, expected a new folder; a ledger is never overwritten: choose "
+                f"another path or remove it first"
+            ) from None
+        self._path = path
+        self._segments = 0
+        self.steps = 0
+        (path / _SEGMENT_FOLDER).mkdir()
+        self._catalog = sqlite3.connect(path / _CATALOG, isolation_level=None, check_same_thread=False)
+        # EXTRA is FULL plus a sync of the folder when the journal goes: the commit itself survives power
+        # loss.
+        self._catalog.execute("PRAGMA synchronous = EXTRA")
+        entry = self._write("initial.safetensors", "initial", initial, steps=0, visits=0)
+        _sync_folder(path.parent)
+        facts = {**settings, "format_version": str(FORMAT_VERSION), "layout": layout.to_json()}
+        self._commit(entry, facts, _SCHEMA)
+
+    def commit_segment(self, tensors: Mapping[str, torch.Tensor], steps: int, visits: int) -> None:
+        """Make the records of the next ``steps`` steps durable; when this returns they survive any crash."""
+        name = f"{_SEGMENT_FOLDER}/{self._segments:06d}.safetensors"
+        self._commit(self._write(name, "segment", tensors, steps, visits), {})
+        self._segments += 1
+        self.steps += steps
+
+    def commit_closing(self, deltas: Mapping[str, torch.Tensor], closing_facts: Closing) -> None:
+        """Make the ledger complete."""
+        entry = self._write("deltas.safetensors", "deltas", deltas, steps=0, visits=0)
+        facts = {
+            "decays": json.dumps(closing_facts.decays),
+            "parameter_digest": closing_facts.parameter_digest,
+        }
+        self._commit(entry, facts)
+
+    def close(self) -> None:
+        """Close the catalog."""
+        self._catalog.close()
+
+    def _write(
+        self, name: str, role: str, tensors: Mapping[str, torch.Tensor], steps: int, visits: int
+    ) -> FileEntry:
+        """Write a file so that it is complete under its name or absent, even if the power goes."""
+        content = _safetensors().save({key: tensor.contiguous() for key, tensor in tensors.items()})
+        target = self._path / name
+        temporary = target.with_suffix(".partial")
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
+        checksum = hashlib.sha256(content).hexdigest()
+        return FileEntry(name, role, checksum, len(content), self.steps, self.steps + steps, visits)
+
+    def _commit(self, entry: FileEntry, facts: Mapping[str, str], schema: Sequence[str] = ()) -> None:
+        self._catalog.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in schema:
+                self._catalog.execute(statement)
+            self._catalog.execute(
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    entry.name,
+                    entry.role,
+                    entry.sha256,
+                    entry.bytes,
+                    entry.first_step,
+                    entry.end_step,
+                    entry.visits,
+                ),
+            )
+            self._catalog.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
+        except sqlite3.Error:
+            self._catalog.execute("ROLLBACK")
+            raise
+        self._catalog.execute("COMMIT")
+
+
+class StoreReader:
+    """Reads a ledger's folder: whatever was committed, and nothing else.
+
+    Args:
+        path: A folder made by :class:`StoreWriter`.
+
+    Raises:
+        LedgerError: There is no ledger, its format is another, its catalog is damaged, or a committed file is
+            missing or has another size.
+        ImportError: safetensors is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _safetensors()
+        self._path = path
+        catalog = path / _CATALOG
+        if not catalog.is_file():
+            raise LedgerError(
+                f"{str(path)!r} is no ledger: it has no {_CATALOG}; pass the folder that was given to "
+                f"record()"
+            )
+        try:
+            # Not mode=ro: after a kill the first reader must be allowed to roll back the unfinished
+            # transaction.
+            with closing(sqlite3.connect(f"{catalog.resolve().as_uri()}?mode=rw", uri=True)) as connection:
+                self.facts: Mapping[str, str] = dict(connection.execute("SELECT key, value FROM meta"))
+                rows = connection.execute("SELECT * FROM files ORDER BY first_step, name").fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"the catalog {str(catalog)!r} cannot be read ({error}); it is damaged, or recording was "
+                f"killed before its first commit: restore it from a copy, or record again"
+            ) from error
+        self.files = tuple(FileEntry(*row) for row in rows)
+        if self.facts.get("format_version") != str(FORMAT_VERSION):
+            raise LedgerError(
+                f"the ledger {str(path)!r} has format version {self.facts.get('format_version')}, this "
+                f"gradkern reads version {FORMAT_VERSION}; read it with the version that wrote it"
+            )
+        for entry in self.files:
+            self._require_size(entry)
+        try:
+            self.layout = Layout.from_json(self.facts["layout"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LedgerError(
+                f"the catalog {str(catalog)!r} is damaged: its layout does not parse ({error}); restore it "
+                f"from a copy"
+            ) from error
+
+    @property
+    def segments(self) -> Sequence[FileEntry]:
+        """The committed segments, in order of steps."""
+        return [entry for entry in self.files if entry.role == "segment"]
+
+    @property
+    def closing(self) -> Closing | None:
+        """What :meth:`StoreWriter.commit_closing` wrote; None when recording did not end properly."""
+        if "parameter_digest" not in self.facts:
+            return None
+        return Closing(tuple(json.loads(self.facts["decays"])), self.facts["parameter_digest"])
+
+    def load_role(self, role: str) -> dict[str, torch.Tensor]:
+        """Load the one file of a role other than ``"segment"``."""
+        (entry,) = (entry for entry in self.files if entry.role == role)
+        return self.load(entry)
+
+    def load(self, entry: FileEntry) -> dict[str, torch.Tensor]:
+        """Load a file's tensors into memory.
+
+        Raises:
+            LedgerError: Any byte of the file differs from what was committed.
+        """
+        self._require_size(entry)
+        content = (self._path / entry.name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise LedgerError(
+                f"{str(self._path / entry.name)!r} is damaged: its checksum differs from the committed one; "
+                f"restore the file from a copy"
+            )
+        loaded: dict[str, torch.Tensor] = _safetensors().load(content)
+        return loaded
+
+    def _require_size(self, entry: FileEntry) -> None:
+        file = self._path / entry.name
+        if not file.is_file():
+            raise LedgerError(f"{str(file)!r} is missing from the ledger; restore it from a copy")
+        size = file.stat().st_size
+        if size != entry.bytes:
+            raise LedgerError(
+                f"{str(file)!r} is damaged: it has {size} bytes, {entry.bytes} were committed; restore the "
+                f"file from a copy"
+            )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _safetensors() -> ModuleType:
+    """The optional file format, loaded on first use so that the package imports without it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "gradkern.rollback stores ledgers with safetensors, which is not installed; install it with "
+            "pip install 'gradkern[rollback]'"
+        ) from error
+    return safetensors.torch
