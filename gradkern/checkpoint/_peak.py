@@ -142,8 +142,8 @@ def enforce(
             raise
         raise BudgetExceededError(
             f"the budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes, {unseen_bytes} of them older "
-            f"than the counting allocator) was exceeded: {str(error).splitlines()[0]}; raise the budget or plan "
-            "for this one with checkpoint.plan"
+            f"than the counting allocator) was exceeded: {str(error).splitlines()[0]}; raise the budget or "
+            "plan for this one with checkpoint.plan"
         ) from error
     finally:
         allocator.set_cap(None)

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace: random state, buffers, gradients and modes come back bit for bit."""
+"""Running a model without a trace: random state, buffers, gradients and modes come back bit for bit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkern.checkpoint._allocator import CountingAllocator
+from gradkern.checkpoint._storages import storages_of
 
 __all__ = ["Preserved", "preserved", "same_bits"]
 
@@ -23,9 +24,11 @@ class Preserved:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.torch_rng = torch.get_rng_state()
         self.training = {module: module.training for module in model.modules()}
         self.buffers = {
-            name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers(remove_duplicate=False)
+            name: (buffer, buffer.detach().clone())
+            for name, buffer in model.named_buffers(remove_duplicate=False)
         }
         self.grads = {
             param: (param.grad, param.grad.detach().clone())
@@ -35,11 +38,10 @@ class Preserved:
 
     def held_bytes(self, allocator: CountingAllocator) -> int:
         """Bytes that ``allocator`` counts now and would not in a normal step."""
-        copies = [copy for _, copy in (*self.buffers.values(), *self.grads.values())]
-        held = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in copies if tensor.numel()}
-        for grad, _ in self.grads.values():
-            held[grad.untyped_storage()._cdata] = grad.untyped_storage()
-        return sum(storage.nbytes() for storage in held.values() if allocator.owns(storage))
+        copies = [copy for _, copy in self.buffers.values()]
+        grads = [tensor for pair in self.grads.values() for tensor in pair]
+        held = storages_of([self.torch_rng, *copies, *grads]).values()
+        return sum(storage.nbytes() for storage in held if allocator.owns(storage))
 
     def changed_buffers(self, model: nn.Module) -> list[str]:
         """Names of the buffers whose bits differ from when they were put aside."""
@@ -51,11 +53,10 @@ class Preserved:
 def preserved(model: nn.Module) -> Iterator[Preserved]:
     """Put the model's state aside, hand the model over without gradients and in a training mode, restore.
 
-    A model whose root is in eval mode is put into train mode as a whole (memory in eval mode would say little);
-    one in train mode keeps the modes of all its modules.
+    A model whose root is in eval mode is put into train mode as a whole (memory in eval mode would say
+    little); one in train mode keeps the modes of all its modules.
     """
     kept = Preserved(model)
-    torch_rng = torch.get_rng_state()
     python_rng = random.getstate()
     numpy_rng = np.random.get_state()  # noqa: NPY002
     try:
@@ -65,7 +66,7 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
             param.grad = None
         yield kept
     finally:
-        torch.set_rng_state(torch_rng)
+        torch.set_rng_state(kept.torch_rng)
         random.setstate(python_rng)
         np.random.set_state(numpy_rng)  # noqa: NPY002
         for module, training in kept.training.items():

@@ -104,10 +104,10 @@ def remove_recompute(model: nn.Module) -> None:
         raise RuntimeError("no checkpoint plan is applied to this model; nothing to remove")
     modules = [unit_module(model, name) for name in applied.unit_names]
     for name, module in zip(applied.unit_names, modules, strict=True):
-        if not isinstance(vars(module).get("forward"), RecomputedForward):
+        if type(vars(module).get("forward")) is not RecomputedForward:
             raise RuntimeError(
-                f"the forward of unit {name!r} was replaced after the plan was applied; undo that first, then "
-                "remove the plan"
+                f"the forward of unit {name!r} was replaced after the plan was applied; undo that first, "
+                "then remove the plan"
             )
     for module in modules:
         inner = vars(module)["forward"].inner

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Option", "Solution", "least_capacity", "peak_of", "solve"]
+__all__ = ["Option", "Solution", "extra_seconds", "least_capacity", "peak_of", "solve"]
 
 DEFAULT_SLOTS = 16384
 
@@ -65,6 +65,11 @@ def peak_of(units: Sequence[Sequence[Option]], choices: Sequence[int]) -> int:
         peak = max(peak, prefix + options[choice].peak_bytes)
         prefix += options[choice].saved_bytes
     return peak
+
+
+def extra_seconds(units: Sequence[Sequence[Option]], choices: Sequence[int]) -> float:
+    """Return the seconds that a choice adds."""
+    return math.fsum(options[choice].extra_s for options, choice in zip(units, choices, strict=True))
 
 
 def least_capacity(units: Sequence[Sequence[Option]]) -> tuple[int, tuple[int, ...]]:
@@ -113,15 +118,10 @@ def solve(
     rounded_down = _run_table(units, capacity_bytes, step, round_up=False)
     # The choice for the least capacity fits every larger one, so it may always compete: the grid can miss it.
     candidates = [least_choices] + ([rounded_up] if rounded_up is not None else [])
-    choices = min(candidates, key=lambda candidate: _extra_of(units, candidate))
-    extra_s = _extra_of(units, choices)
-    lower_bound_s = extra_s if rounded_down is None else min(extra_s, _extra_of(units, rounded_down))
+    choices = min(candidates, key=lambda candidate: extra_seconds(units, candidate))
+    extra_s = extra_seconds(units, choices)
+    lower_bound_s = extra_s if rounded_down is None else min(extra_s, extra_seconds(units, rounded_down))
     return Solution(choices, extra_s, lower_bound_s)
-
-
-def _extra_of(units: Sequence[Sequence[Option]], choices: Sequence[int]) -> float:
-    """Seconds added by a choice."""
-    return math.fsum(options[choice].extra_s for options, choice in zip(units, choices, strict=True))
 
 
 def _smallest_prefixes(units: Sequence[Sequence[Option]], capacity_bytes: int) -> tuple[int, ...] | None:
@@ -196,7 +196,7 @@ def _relax(
 ) -> None:
     """Offer ``source[m]`` to slot ``m + shift`` for every m; slots outside the table are unreachable."""
     first = max(0, -shift)
-    span = source[first:]
+    span = source[first : reached.size - max(0, shift)]
     start = first + shift
     better = span < reached[start : start + span.size]
     reached[start : start + span.size][better] = span[better]

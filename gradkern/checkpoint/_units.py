@@ -65,5 +65,5 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _is_checkpointing_layer(module: nn.Module) -> bool:
-    """Whether transformers says that the module may be checkpointed; by name, so that it need not be installed."""
+    """Whether transformers says the module may be checkpointed; by name, so it need not be installed."""
     return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)

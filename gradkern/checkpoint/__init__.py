@@ -1,0 +1,10 @@
+"""Plan which activations to recompute so that a whole training step fits into a budget of bytes."""
+
+from __future__ import annotations
+
+from gradkern.checkpoint._bytes import parse_bytes
+from gradkern.checkpoint._peak import Peak, enforce, measure_peak
+from gradkern.checkpoint._plan import Plan, UnitPlan
+from gradkern.checkpoint._planner import plan
+
+__all__ = ["Peak", "Plan", "UnitPlan", "enforce", "measure_peak", "parse_bytes", "plan"]

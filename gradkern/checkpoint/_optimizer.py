@@ -1,0 +1,75 @@
+"""What an optimizer's step and state cost, by stepping a copy of it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradkern.checkpoint._meter import make_meter
+
+__all__ = ["OptimizerCost", "measure_optimizer"]
+
+
+@dataclass(frozen=True)
+class OptimizerCost:
+    """Bytes of an optimizer.
+
+    Attributes:
+        missing_state_bytes: State that its next step will create and keep; 0 once it has stepped.
+        step_bytes: Most bytes alive at once during a later step above those at its start.
+    """
+
+    missing_state_bytes: int
+    step_bytes: int
+
+
+def measure_optimizer(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tensor]) -> OptimizerCost:
+    """Deep-copy ``optimizer`` with its parameters, let the copy step twice on zero gradients, and measure.
+
+    The optimizer itself, its parameters, hooks and schedulers see nothing of it. For the length of this call
+    the process holds parameters, gradients and state a second time.
+
+    Args:
+        optimizer: Any optimizer that can be deep-copied and whose ``step`` needs no closure.
+        has_grad: The parameters that receive a gradient.
+
+    Raises:
+        ValueError: The optimizer cannot step without a closure.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__}.step needs a closure, so its memory cannot be measured by a dry "
+            "run; plan with optimizer=None and leave room in the budget for its state"
+        )
+    originals = [param for group in optimizer.param_groups for param in group["params"]]
+    trial = copy.deepcopy(optimizer)
+    copies = [param for group in trial.param_groups for param in group["params"]]
+    trained = [copied for copied, param in zip(copies, originals, strict=True) if param in has_grad]
+    meter = make_meter()
+    with meter:
+        _step_on_zeros(trial, trained)
+        for param in trained:
+            param.grad = torch.zeros_like(param)
+        meter.mark()
+        trial.step()
+    _, loaded, finished = meter.marks
+    grad_bytes = sum(param.grad.untyped_storage().nbytes() for param in trained if param.grad is not None)
+    return OptimizerCost(
+        missing_state_bytes=max(0, loaded.live_bytes - grad_bytes),
+        step_bytes=finished.peak_bytes - loaded.live_bytes,
+    )
+
+
+def _step_on_zeros(optimizer: torch.optim.Optimizer, trained: list[Tensor]) -> None:
+    """Take one step, for the state that the first step creates."""
+    for param in trained:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+    for param in trained:
+        param.grad = None

@@ -1,0 +1,217 @@
+"""The plan: what is kept, what is recomputed, and what that was measured to need."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from gradkern.checkpoint._bytes import format_bytes
+from gradkern.checkpoint._fingerprint import Fingerprint
+from gradkern.checkpoint._recompute import apply_recompute, is_applied, remove_recompute
+
+__all__ = ["Plan", "UnitPlan"]
+
+_FORMAT = "gradkern.checkpoint.plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """One unit of a plan, in order of execution.
+
+    Attributes:
+        name: Dotted name of the module; ``<stem>`` is everything before the first block, ``<head>``
+            everything after the last one, the loss included; ``<model>`` is the whole model as one unit.
+        option: ``"keep"`` (no wrapper at all) or ``"recompute"``.
+        saved_bytes: Bytes it holds from forward to backward when kept.
+        recompute_saved_bytes: The same when recomputed; equal to ``saved_bytes`` where that is no option.
+        forward_s: Seconds forward: about what recomputing adds.
+        backward_s: Seconds backward when kept.
+        mutated_buffers: Buffers that its forward changes; recomputing restores them.
+    """
+
+    name: str
+    option: Literal["keep", "recompute"]
+    saved_bytes: int
+    recompute_saved_bytes: int
+    forward_s: float
+    backward_s: float
+    mutated_buffers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units of a model to recompute in backward so that a step fits into a budget. Made by ``plan``.
+
+    Attributes:
+        budget_bytes: The budget it was made for.
+        natural_peak_bytes: Peak of a step of the model as it is.
+        predicted_peak_bytes: Peak of a step under this plan; a step under it was run and measured.
+        least_feasible_bytes: The smallest budget that ``plan`` can meet for this model and batch.
+        gap: Certified bound on how much faster any other choice of units could be, as a fraction of the
+            time of forward and backward under the ideal choice; 0.0 means that the choice is proven optimal
+            for the measured costs.
+        units: What to do with each unit.
+        fingerprint: The model it is for.
+    """
+
+    budget_bytes: int
+    natural_peak_bytes: int
+    predicted_peak_bytes: int
+    least_feasible_bytes: int
+    gap: float
+    units: tuple[UnitPlan, ...]
+    fingerprint: Fingerprint
+
+    def apply(self, model: nn.Module) -> None:
+        """Make the planned units of ``model`` recompute in backward, in place.
+
+        Module identities, classes, hooks and ``state_dict`` keys stay; ``copy.deepcopy`` and pickles of the
+        model carry the plan along. Gradients are bit-equal to those of the unwrapped model, dropout included,
+        and buffers such as running statistics are updated once. Models with a ``use_cache`` argument are
+        called with ``use_cache=False`` while gradients are enabled.
+
+        Args:
+            model: A model with the same class and parameters as the one planned for.
+
+        Raises:
+            ValueError: The model is not the one planned for; the message names the first difference.
+            RuntimeError: This or another plan is applied already. Nothing is changed in either case.
+        """
+        difference = self.fingerprint.difference(Fingerprint.of(model))
+        if difference is not None:
+            raise ValueError(f"this plan is for another model: {difference}; make a plan for this one")
+        if is_applied(model):
+            which = "this plan" if is_applied(model, self._id) else "another plan"
+            raise RuntimeError(f"{which} is applied to this model already; remove it first")
+        apply_recompute(model, self._recompute(), plan_id=self._id)
+
+    def remove(self, model: nn.Module) -> None:
+        """Undo ``apply``: the model is again exactly what it was.
+
+        Raises:
+            RuntimeError: This plan is not applied to ``model``, or another tool has replaced the forward of a
+                unit since. Nothing is changed then.
+        """
+        if is_applied(model) and not is_applied(model, self._id):
+            raise RuntimeError("another plan is applied to this model; remove that one with its own remove")
+        remove_recompute(model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON. The file appears complete or not at all; an older one is replaced.
+
+        Raises:
+            OSError: The folder does not exist or cannot be written.
+        """
+        target = Path(path)
+        document = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(document, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that ``save`` wrote.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is truncated, not a plan, of another version, or its fields do not fit.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} is not a complete JSON file ({error}); make the plan again and save it"
+            ) from error
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a checkpoint plan; expected JSON with format {_FORMAT!r}")
+        if document.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} has version {document.get('version')!r}, this gradkern reads version {_VERSION}; "
+                "make the plan again"
+            )
+        try:
+            return cls._from_document(document)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged: {type(error).__name__} {error}; make the plan again and save it"
+            ) from error
+
+    def __str__(self) -> str:
+        """Write the plan as a table."""
+        step_s = sum(unit.forward_s + unit.backward_s for unit in self.units)
+        extra_s = sum(unit.forward_s for unit in self.units if unit.option == "recompute")
+        share = 100 * extra_s / step_s if step_s else 0.0
+        recomputed = sum(unit.option == "recompute" for unit in self.units)
+        width = max(len(unit.name) for unit in self.units)
+        lines = [
+            f"natural peak    {format_bytes(self.natural_peak_bytes):>12}",
+            f"budget          {format_bytes(self.budget_bytes):>12}",
+            f"predicted peak  {format_bytes(self.predicted_peak_bytes):>12}",
+            f"least feasible  {format_bytes(self.least_feasible_bytes):>12}",
+            f"recomputed      {recomputed:>12} of {len(self.units)} units, about {share:.1f} % more time, "
+            f"gap {100 * self.gap:.2f} %",
+            "",
+            f"{'unit':<{width}}  {'option':<9}  {'kept':>12}  {'recomputed':>12}  {'forward':>9}  "
+            f"{'backward':>9}",
+        ]
+        lines += [
+            f"{unit.name:<{width}}  {unit.option:<9}  {format_bytes(unit.saved_bytes):>12}  "
+            f"{format_bytes(unit.recompute_saved_bytes):>12}  {1e3 * unit.forward_s:>6.2f} ms  "
+            f"{1e3 * unit.backward_s:>6.2f} ms"
+            for unit in self.units
+        ]
+        return "\n".join(lines)
+
+    @property
+    def _id(self) -> str:
+        """Tells plans apart, across processes."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def _recompute(self) -> dict[str, tuple[str, ...]]:
+        return {unit.name: unit.mutated_buffers for unit in self.units if unit.option == "recompute"}
+
+    @classmethod
+    def _from_document(cls, document: dict[str, Any]) -> Plan:
+        """Rebuild and check; errors name the field."""
+        known = {field.name for field in fields(cls)}
+        values = {name: document[name] for name in known}
+        for name in known - {"gap", "units", "fingerprint"}:
+            values[name] = _checked(name, document[name], int)
+        values["gap"] = float(_checked("gap", document["gap"], (int, float)))
+        values["units"] = tuple(_read_unit(unit) for unit in _checked("units", document["units"], list))
+        stored = _checked("fingerprint", document["fingerprint"], dict)
+        values["fingerprint"] = Fingerprint(
+            _checked("model_class", stored["model_class"], str),
+            tuple((name, tuple(shape), dtype) for name, shape, dtype in stored["parameters"]),
+        )
+        return cls(**values)
+
+
+def _checked(name: str, value: Any, expected: type | tuple[type, ...]) -> Any:
+    """Return ``value`` if it is of the expected JSON type."""
+    if isinstance(value, bool) or not isinstance(value, expected):
+        raise TypeError(f"field {name} has the wrong type, {type(value).__name__}")
+    return value
+
+
+def _read_unit(stored: dict[str, Any]) -> UnitPlan:
+    """Rebuild one unit."""
+    unit = UnitPlan(**{**stored, "mutated_buffers": tuple(stored["mutated_buffers"])})
+    if unit.option not in ("keep", "recompute"):
+        raise ValueError(f"unit {unit.name} has the unknown option {unit.option!r}")
+    return unit

@@ -1,0 +1,283 @@
+"""What each unit of a model costs, by running the model.
+
+A *span* is a unit with what follows it up to the start of the next unit; the stem is the span before the
+first unit, the head (loss included) the last one. Attribution goes by time: a span owns the bytes that
+appeared between its start and the start of the next span and are still there, so a boundary tensor belongs
+to the span that made it, and to the next one's credit if that lets it go.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from gradkern.checkpoint._meter import Mark, Meter, make_meter
+from gradkern.checkpoint._recompute import apply_recompute, remove_recompute
+from gradkern.checkpoint._units import unit_module
+from gradkern.loss import Batch, LossFn, compute_loss
+
+__all__ = ["HEAD", "STEM", "CycleCost", "Span", "Trial"]
+
+STEM, HEAD = "<stem>", "<head>"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One span as it ran.
+
+    Attributes:
+        saved_bytes: Bytes it left behind for backward and for its successors; negative if it freed more.
+        peak_bytes: Most bytes above what earlier spans of the same micro-batch had left, forward or backward,
+            gradients of the step so far included.
+        forward_s: Seconds forward.
+        backward_s: Seconds backward.
+    """
+
+    saved_bytes: int
+    peak_bytes: int
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True)
+class CycleCost:
+    """One optimizer cycle without its step.
+
+    Attributes:
+        spans: Stem, units, head.
+        peak_bytes: Largest live bytes, relative to the start of the cycle.
+        end_bytes: Live bytes at its end: the gradients.
+        has_grad: Parameters that received a gradient.
+    """
+
+    spans: tuple[Span, ...]
+    peak_bytes: int
+    end_bytes: int
+    has_grad: frozenset[Tensor]
+
+
+class Trial:
+    """Runs cycles of forward and backward passes of one model on one batch.
+
+    Args:
+        model: Run as it is; its gradients are overwritten.
+        batch: See ``gradkern.loss.compute_loss``.
+        loss_fn: See there.
+        accumulate: Micro-batches a step. Two stand for any larger number: from the second on each finds the
+            gradients of all parameters made.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, accumulate: int) -> None:
+        self.model = model
+        self.batch = batch
+        self.loss_fn = loss_fn
+        self.micro_batches = min(accumulate, 2)
+
+    def order_of(self, names: list[str]) -> list[str]:
+        """Return those of ``names`` that one forward pass calls exactly once, in the order of their calls."""
+        calls: list[str] = []
+        handles = [
+            unit_module(self.model, name).register_forward_pre_hook(partial(_note_call, calls, name))
+            for name in names
+        ]
+        try:
+            loss = compute_loss(self.model, self.batch, self.loss_fn)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss does not depend on any parameter that requires grad, so there is no backward pass "
+                "to plan for; set requires_grad on what is to be trained"
+            )
+        return [name for name in calls if calls.count(name) == 1]
+
+    def warm_up(self) -> None:
+        """Run one cycle unmeasured, for what is allocated once and kept."""
+        self._cycle(_Boundaries([], None))
+
+    def measure(self, units: list[str], recompute: dict[str, tuple[str, ...]] | None = None) -> CycleCost:
+        """Run one cycle in its steady state.
+
+        Args:
+            units: Units in order of execution.
+            recompute: Units to recompute, with the buffers that their forward changes; None runs the model as
+                it is.
+        """
+        with _recomputing(self.model, recompute):
+            self._drop_gradients()
+            # Collected by a timer, cyclic garbage would make the peak depend on what else the process does.
+            gc.collect()
+            was_enabled = gc.isenabled()
+            gc.disable()
+            try:
+                meter = make_meter()
+                boundaries = _Boundaries(units, meter)
+                with meter:
+                    self._cycle(boundaries)
+            finally:
+                if was_enabled:
+                    gc.enable()
+        has_grad = frozenset(param for param in self.model.parameters() if param.grad is not None)
+        self._drop_gradients()
+        return boundaries.read(meter.marks, has_grad)
+
+    def _cycle(self, boundaries: _Boundaries) -> None:
+        """Run the micro-batches of one step as a training loop would."""
+        with boundaries.watching(self.model), torch.enable_grad():
+            for _ in range(self.micro_batches):
+                boundaries.enter_forward(0)
+                # As in most loops, the name keeps the last loss until the new one is there.
+                loss = compute_loss(self.model, self.batch, self.loss_fn)
+                boundaries.start_backward()
+                (loss / self.micro_batches).backward()
+                boundaries.end_backward()
+
+    def _drop_gradients(self) -> None:
+        for param in self.model.parameters():
+            param.grad = None
+
+
+@dataclass(frozen=True)
+class _Interval:
+    """What runs from one mark to the next."""
+
+    micro_batch: int
+    span: int
+    is_backward: bool
+
+
+class _Boundaries:
+    """Marks on a meter where execution passes from one span to another."""
+
+    def __init__(self, units: list[str], meter: Meter | None) -> None:
+        self._units = units
+        self._meter = meter
+        self._head = len(units) + 1
+        self._intervals: list[_Interval] = []
+        self._micro_batch = -1
+        self._backward_span = 0
+        self._handles: list[RemovableHandle] = []
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Have the units report while the block runs."""
+        try:
+            for index, name in enumerate(self._units, start=1):
+                module = unit_module(model, name)
+                self._handles.append(
+                    module.register_forward_pre_hook(
+                        partial(self._on_enter, index), prepend=True, with_kwargs=True
+                    )
+                )
+                if index == len(self._units):
+                    self._handles.append(module.register_forward_hook(self._on_leave_last))
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
+
+    def enter_forward(self, span: int) -> None:
+        """The forward of a span begins; that of the stem begins a micro-batch."""
+        if span == 0:
+            self._micro_batch += 1
+        self._mark(_Interval(self._micro_batch, span, is_backward=False))
+
+    def start_backward(self) -> None:
+        """The backward of the head begins."""
+        self._backward_span = self._head
+        self._mark(_Interval(self._micro_batch, self._head, is_backward=True))
+
+    def end_backward(self) -> None:
+        """The backward of the stem is over."""
+        self._backward_span = 0
+
+    def read(self, marks: list[Mark], has_grad: frozenset[Tensor]) -> CycleCost:
+        """Turn the marks of the meter, which must have exited, into costs."""
+        marks = marks[1:]  # the first is the meter's own start
+        starts: dict[tuple[int, int], int] = {}
+        for interval, mark in zip(self._intervals, marks, strict=False):
+            if not interval.is_backward:
+                starts[interval.micro_batch, interval.span] = mark.live_bytes
+            elif interval.span == self._head:
+                starts[interval.micro_batch, self._head + 1] = mark.live_bytes
+        saved = [
+            max(
+                starts[micro_batch, span + 1] - starts[micro_batch, span]
+                for micro_batch in range(self._micro_batch + 1)
+            )
+            for span in range(self._head + 1)
+        ]
+        peaks = [0] * (self._head + 1)
+        seconds: dict[tuple[int, bool], list[float]] = {}
+        for interval, (mark, following) in zip(self._intervals, itertools.pairwise(marks), strict=True):
+            prefix = starts[interval.micro_batch, interval.span] - starts[interval.micro_batch, 0]
+            peaks[interval.span] = max(peaks[interval.span], following.peak_bytes - prefix)
+            seconds.setdefault((interval.span, interval.is_backward), []).append(
+                following.time_s - mark.time_s
+            )
+        spans = tuple(
+            Span(
+                saved[span],
+                peaks[span],
+                min(seconds.get((span, False), [0.0])),
+                min(seconds.get((span, True), [0.0])),
+            )
+            for span in range(self._head + 1)
+        )
+        return CycleCost(spans, max(mark.peak_bytes for mark in marks), marks[-1].live_bytes, has_grad)
+
+    def _mark(self, interval: _Interval) -> None:
+        if self._meter is not None:
+            self._meter.mark()
+            self._intervals.append(interval)
+
+    def _on_enter(self, span: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of a unit; what flows in tells when backward leaves the unit."""
+        self.enter_forward(span)
+        self._watch_gradients(span - 1, (args, kwargs))
+
+    def _on_leave_last(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the last unit: the head begins."""
+        self.enter_forward(self._head)
+        self._watch_gradients(self._head - 1, output)
+
+    def _watch_gradients(self, span: int, values: Any) -> None:
+        """Mark the start of a span's backward when the first gradient of ``values`` is there."""
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self._handles.append(leaf.register_hook(partial(self._on_gradient, span)))
+
+    def _on_gradient(self, span: int, grad: Tensor) -> None:
+        # A tensor used by many spans gets its gradient late; backward only ever moves towards the stem.
+        if span < self._backward_span:
+            self._backward_span = span
+            self._mark(_Interval(self._micro_batch, span, is_backward=True))
+
+
+def _note_call(calls: list[str], name: str, module: nn.Module, args: Any) -> None:
+    """Forward pre-hook."""
+    calls.append(name)
+
+
+@contextmanager
+def _recomputing(model: nn.Module, recompute: dict[str, tuple[str, ...]] | None) -> Iterator[None]:
+    """Apply a choice for the length of the block."""
+    if recompute is None:
+        yield
+        return
+    apply_recompute(model, recompute, plan_id="trial")
+    try:
+        yield
+    finally:
+        remove_recompute(model)
