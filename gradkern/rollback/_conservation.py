@@ -19,8 +19,8 @@ from gradkern.step_event import ParamStep
 
 __all__ = ["Balance", "Shadows", "balance", "conservation_bound"]
 
-# Half a unit in the last place of fp32: what one rounded update may move a parameter away from the exact one.
-_FP32_ROUNDING = 2.0**-24
+# A step rounds the parameter twice, by at most half a unit in the last place of fp32: after decay and after update.
+_ROUNDING_PER_STEP = 2 * 2.0**-24
 
 
 class Shadows:
@@ -148,7 +148,7 @@ def balance(
             unowned_sq += moved**2
             continue
         error = _norm(deltas[info.name].double() - movement)
-        rounding = _FP32_ROUNDING * math.sqrt(steps) * max(_norm(now), _norm(initial[info.name].double()))
+        rounding = _ROUNDING_PER_STEP * steps * max(_norm(now), _norm(initial[info.name].double()))
         allowance = bound * moved + rounding
         ratio = _ratio(error, allowance)
         if ratio > worst_ratio:

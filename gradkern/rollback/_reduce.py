@@ -14,21 +14,22 @@ import torch
 __all__ = ["dequantize_rows", "low_rank_matrix", "low_rank_product", "quantize_rows"]
 
 _INT8_MAX = 127.0
+# Divides zeros by something; smaller rows are nothing beside any gradient.
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise along the last dimension to int8 with one scale a row.
 
     Args:
-        rows: Shape ``(..., n)``, floating point.
+        rows: Shape ``(..., n)``, fp32.
 
     Returns:
         ``(codes, scale)``: int8 of the same shape and fp32 of shape ``(...)``, with ``rows ≈ codes * scale``.
         The error is at most ``scale / 2`` an element. A row of zeros has scale 0.
     """
-    scale = rows.abs().amax(dim=-1).float() / _INT8_MAX
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
-    codes = (rows / divisor.unsqueeze(-1)).round_().clamp_(-_INT8_MAX, _INT8_MAX)
+    scale = rows.abs().amax(dim=-1) / _INT8_MAX
+    codes = (rows / scale.clamp_min(_TINY).unsqueeze(-1)).round_()
     return codes.to(torch.int8), scale
 
 
@@ -111,5 +112,4 @@ def _orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
 
 def _normalised(row: torch.Tensor) -> torch.Tensor:
     """Scale rows to length 1; rows of zeros stay zero."""
-    length = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
-    return row / torch.where(length > 0, length, torch.ones_like(length))
+    return row / torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(_TINY)
