@@ -1,6 +1,6 @@
 // main_grad (+)= grad, and the chunk's sum of squares of the result from the same registers.
 
-// One whole group. kFold: also fold its squares into 16 sums.
+// One whole group. kFold: also fold its squares into 64 sums.
 template <class Codec, bool kOverwrite, bool kFold>
 GRADKERN_INLINE void accumulate_group(float* main_grad, const typename Codec::Stored* grad, double* sums) {
   for (int64_t l = 0; l < kRow; l += F32::kLanes) {

@@ -18,7 +18,7 @@ struct Float16Codec {
 };
 
 // Tails are padded to a whole group, so that element i never depends on where a tensor ends.
-constexpr int64_t kGroup = 128;
+constexpr int64_t kGroup = 512;
 
 template <class Codec>
 inline void decode(const void* src, int64_t size, float* out) {

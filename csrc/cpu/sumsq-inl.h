@@ -1,13 +1,13 @@
 // The sum of squares of one chunk as a fixed tree, so that its bits depend on nothing but the numbers.
 //
-// The chunk, padded with zeros, is 32 groups of 8 rows of 16. Inside a group the 8 rows are folded in halves
-// (4 + 4, 2 + 2, 1 + 1) to 16 sums; the 512 sums of the chunk are folded in halves down to one. Squares are exact in
+// The chunk, padded with zeros, is 8 groups of 8 rows of 64. Inside a group the 8 rows are folded in halves
+// (4 + 4, 2 + 2, 1 + 1) to 64 sums; the 512 sums of the chunk are folded in halves down to one. Squares are exact in
 // double and never negative, so padding with zeros changes no bit and absent groups may be skipped.
 
-constexpr int64_t kRow = 16;
+constexpr int64_t kRow = 64;
 constexpr int64_t kFolded = kChunk / kGroup * kRow;
 
-// Folds the 8 rows of a group to `sums[0..16)`.
+// Folds the 8 rows of a group to `sums[0..64)`.
 GRADKERN_INLINE void fold_group(const float* group, double* sums) {
   for (int64_t l = 0; l < kRow; l += F32::kLanes) {
     const float* x = group + l;
@@ -28,7 +28,7 @@ inline void fold_half(double* __restrict low, const double* __restrict high, int
   }
 }
 
-// Folds the first `count` of 512 sums, the rest being zero; count is a multiple of 16. Destroys `sums`.
+// Folds the first `count` of 512 sums, the rest being zero; count is a multiple of 64. Destroys `sums`.
 inline double fold_sums(double* sums, int64_t count) {
   for (int64_t half = kFolded / 2; half >= 1; half /= 2) {
     if (count > half) {

@@ -61,31 +61,43 @@ def store_f32(pointer, offsets, x, size, DTYPE: tl.constexpr, MASKED: tl.constex
 
 
 @triton.jit
-def halve(x, OUTER: tl.constexpr, HALF: tl.constexpr):
-    """``x`` of ``OUTER * 2 * HALF`` values: add the two halves of each of OUTER runs."""
-    x = tl.permute(tl.reshape(x, [OUTER, 2, HALF]), (0, 2, 1))
-    low, high = tl.split(x)
-    return low + high
+def row_offsets(row):
+    """Offsets of one of the 8 rows of every group of a chunk, shape (8, 64): rows are folded in registers."""
+    return tl.arange(0, 8)[:, None] * 512 + row * 64 + tl.arange(0, 64)[None, :]
 
 
 @triton.jit
-def fold_chunk(x):
-    """Sum of squares of 4,096 fp32 values, fp64, shape (1,): the tree of gradkern.ops.sumsq.reference."""
+def square(x):
+    """Squares in fp64, exact for values that fp32 holds."""
     wide = x.to(tl.float64)
-    y = wide * wide
-    y = halve(y, 32, 64)
-    y = halve(y, 32, 32)
-    y = halve(y, 32, 16)
-    y = halve(y, 1, 256)
-    y = halve(y, 1, 128)
-    y = halve(y, 1, 64)
-    y = halve(y, 1, 32)
-    y = halve(y, 1, 16)
-    y = halve(y, 1, 8)
-    y = halve(y, 1, 4)
-    y = halve(y, 1, 2)
-    y = halve(y, 1, 1)
-    return tl.reshape(y, [1])
+    return wide * wide
+
+
+@triton.jit
+def fold_sums(y):
+    """512 sums of shape (8, 64) folded in halves; every element of the result, shape (512,), is the sum.
+
+    A butterfly: each value takes its partner's, ``x + y`` and ``y + x`` being the same bits. Halving the shape instead
+    lets the compiler replicate all 512 values in the registers of every thread.
+    """
+    y = tl.reshape(y, [512])
+    i = tl.arange(0, 512)
+    y = y + tl.gather(y, i ^ 256, 0)
+    y = y + tl.gather(y, i ^ 128, 0)
+    y = y + tl.gather(y, i ^ 64, 0)
+    y = y + tl.gather(y, i ^ 32, 0)
+    y = y + tl.gather(y, i ^ 16, 0)
+    y = y + tl.gather(y, i ^ 8, 0)
+    y = y + tl.gather(y, i ^ 4, 0)
+    y = y + tl.gather(y, i ^ 2, 0)
+    return y + tl.gather(y, i ^ 1, 0)
+
+
+@triton.jit
+def store_first(pointer, y):
+    """Store the first of 512 equal values."""
+    i = tl.arange(0, 512)
+    tl.store(pointer + i, y, mask=i == 0)
 
 
 @triton.jit

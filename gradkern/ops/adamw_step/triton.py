@@ -8,10 +8,12 @@ import triton.language as tl
 
 from gradkern.ops._table import Operands
 from gradkern.ops._triton.kernels import CHUNK, find_row, load_f32, power, store_f32, typed_pointer
+from gradkern.ops._triton.launch import Variant, warp_size
 
-__all__ = ["adamw_step_"]
+__all__ = ["VARIANTS", "adamw_step_"]
 
 _BLOCK = tl.constexpr(2048)
+_BYTES = (4, 2, 2)  # of the dtype codes
 
 
 @triton.jit
@@ -56,7 +58,7 @@ def _adamw_step_kernel(
     row = find_row(table_ptr, rows, chunk, 8)
     entry = table_ptr + row * 8
     offset = (chunk - tl.load(entry + 1)) * CHUNK
-    size = tl.load(entry) - offset
+    size = tl.minimum(tl.load(entry) - offset, CHUNK).to(tl.int32)
     param_ptr = typed_pointer(tl.load(entry + 2), PARAM, ALIGNED) + offset
     grad_ptr = typed_pointer(tl.load(entry + 3), GRAD, ALIGNED) + offset
     exp_avg_ptr = typed_pointer(tl.load(entry + 4), STATE, ALIGNED) + offset
@@ -125,5 +127,18 @@ def adamw_step_(
         AMSGRAD=bool(operands["max_exp_avg_sqs"]),
         ALIGNED=cache.aligned(),
         enable_fp_fusion=False,
-        num_warps=8,
+        num_warps=256 // warp_size(),
     )
+
+
+# Pairs of dtypes rather than their product: every codec stands on every side once.
+VARIANTS = [
+    Variant(
+        _adamw_step_kernel,
+        {"table_ptr": "*i64", "scalars_ptr": "*fp64", "hyper_ptr": "*fp64", "rows": "i32"},
+        {"PARAM": param, "GRAD": grad, "STATE": state, "AMSGRAD": amsgrad, "ALIGNED": True},
+        item_bytes=0,
+        hot_bytes=4096 * (2 * _BYTES[param] + _BYTES[grad] + (6 if amsgrad else 4) * _BYTES[state]),
+    )
+    for param, grad, state, amsgrad in ((0, 0, 0, False), (0, 0, 0, True), (1, 0, 0, False), (1, 1, 1, False), (2, 2, 2, True))
+]

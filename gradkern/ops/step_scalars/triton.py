@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["step_scalars_"]
+from gradkern.ops._triton.launch import Variant, warp_size
+
+__all__ = ["VARIANTS", "step_scalars_"]
 
 _LIMBS = tl.constexpr(22)
 _WORDS = tl.constexpr(32)  # limbs padded to a power of two
@@ -120,5 +122,24 @@ def step_scalars_(
         HAS_SCALE=grad_scale is not None,
         HAS_FOUND_INF=found_inf is not None,
         enable_fp_fusion=False,
-        num_warps=4,
+        num_warps=256 // warp_size(),
     )
+
+
+VARIANTS = [
+    Variant(
+        _step_scalars_kernel,
+        {
+            "scalars_ptr": "*fp64",
+            "blocks_ptr": "*i64",
+            "hyper_ptr": "*fp64",
+            "grad_scale_ptr": "*fp32",
+            "found_inf_ptr": "*fp32",
+            "partial_blocks": "i32",
+            "step_blocks": "i32",
+        },
+        {"HAS_SCALE": True, "HAS_FOUND_INF": True},
+        item_bytes=0,
+        hot_bytes=0,
+    )
+]

@@ -11,14 +11,14 @@ from gradkern.ops._table import Operands
 
 __all__ = ["fold_chunks", "sumsq"]
 
-_GROUPS, _ROWS, _LANES = 32, 8, 16
+_GROUPS, _ROWS, _LANES = 8, 8, 64
 _BATCH = 2048  # chunks folded at once: 64 MiB of fp64
 
 
 def fold_chunks(squares: torch.Tensor) -> torch.Tensor:
     """Fold fp64 ``squares`` of shape ``(chunks, 4096)`` to sums of shape ``(chunks,)``, in the fixed order.
 
-    Inside each of 32 groups, 8 rows of 16 are folded in halves to 16 sums; the 512 sums are folded in halves to one.
+    Inside each of 8 groups, 8 rows of 64 are folded in halves to 64 sums; the 512 sums are folded in halves to one.
     """
     sums = squares.view(-1, _GROUPS, _ROWS, _LANES)
     for half in (4, 2, 1):

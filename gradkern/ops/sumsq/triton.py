@@ -7,9 +7,25 @@ import triton
 import triton.language as tl
 
 from gradkern.ops._table import Operands
-from gradkern.ops._triton.kernels import CHUNK, find_row, fold_chunk, load_f32, typed_pointer
+from gradkern.ops._triton.kernels import CHUNK, find_row, fold_sums, load_f32, row_offsets, square, store_first, typed_pointer
+from gradkern.ops._triton.launch import Variant, fold_warps, warp_size
 
-__all__ = ["sumsq"]
+__all__ = ["VARIANTS", "sumsq"]
+
+
+@triton.jit
+def _row_pair(pointer, low: tl.constexpr, size, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """Squares of rows ``low`` and ``low + 4``, added: the first level of the fold."""
+    x = load_f32(pointer, row_offsets(low), size, DTYPE, MASKED)
+    y = load_f32(pointer, row_offsets(low + 4), size, DTYPE, MASKED)
+    return square(x) + square(y)
+
+
+@triton.jit
+def _fold_rows(pointer, size, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    even = _row_pair(pointer, 0, size, DTYPE, MASKED) + _row_pair(pointer, 2, size, DTYPE, MASKED)
+    odd = _row_pair(pointer, 1, size, DTYPE, MASKED) + _row_pair(pointer, 3, size, DTYPE, MASKED)
+    return even + odd
 
 
 @triton.jit
@@ -19,12 +35,11 @@ def _sumsq_kernel(table_ptr, partials_ptr, rows, DTYPE: tl.constexpr, ALIGNED: t
     offset = (chunk - tl.load(table_ptr + row * 3 + 1)) * CHUNK
     size = tl.load(table_ptr + row * 3) - offset
     pointer = typed_pointer(tl.load(table_ptr + row * 3 + 2), DTYPE, ALIGNED) + offset
-    offsets = tl.arange(0, CHUNK)
     if size >= CHUNK:
-        total = fold_chunk(load_f32(pointer, offsets, size, DTYPE, False))
+        sums = _fold_rows(pointer, size, DTYPE, False)
     else:
-        total = fold_chunk(load_f32(pointer, offsets, size, DTYPE, True))
-    tl.store(partials_ptr + chunk + tl.arange(0, 1), total)
+        sums = _fold_rows(pointer, size, DTYPE, True)
+    store_first(partials_ptr + chunk, fold_sums(sums))
 
 
 def sumsq(operands: Operands, partials: torch.Tensor) -> None:
@@ -34,12 +49,25 @@ def sumsq(operands: Operands, partials: torch.Tensor) -> None:
     if cache.chunks == 0:
         return
     table = cache.on_device(partials.device)
+    tensors = operands["tensors"]
     _sumsq_kernel[(cache.chunks,)](
         table,
         partials,
-        len(operands["tensors"]),
+        len(tensors),
         DTYPE=cache.dtype_code("tensors"),
         ALIGNED=cache.aligned(),
         enable_fp_fusion=False,
-        num_warps=4,
+        num_warps=fold_warps(tensors[0].itemsize, warp_size()),
     )
+
+
+VARIANTS = [
+    Variant(
+        _sumsq_kernel,
+        {"table_ptr": "*i64", "partials_ptr": "*fp64", "rows": "i32"},
+        {"DTYPE": code, "ALIGNED": True},
+        item_bytes=item_bytes,
+        hot_bytes=4096 * item_bytes,
+    )
+    for code, item_bytes in ((0, 4), (1, 2), (2, 2))
+]
