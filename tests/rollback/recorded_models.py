@@ -1,0 +1,92 @@
+"""Small models and their data, shared by the tests of the rollback package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gradkern as gk
+from gradkern.rollback import Ledger, Recorder
+from gradkern.step_event import ParamStep, StepEvent
+
+
+class TokenModel(nn.Module):
+    """Embedding, LayerNorm, Linear over tokens, with the output tied to the embedding."""
+
+    def __init__(self, vocabulary: int = 11, width: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, 2 * width)
+        self.back = nn.Linear(2 * width, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        return self.head(x + self.back(torch.tanh(self.hidden(self.norm(x)))))
+
+
+def gpt2(layers: int = 2, width: int = 24, length: int = 12, vocabulary: int = 31) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=length,
+            n_embd=width,
+            n_layer=layers,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            loss_type="ForCausalLMLoss",
+        )
+    )
+
+
+def token_loss(output: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Next-token loss for both models."""
+    logits = getattr(output, "logits", output)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def token_data(samples: int = 24, length: int = 8, vocabulary: int = 11) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, vocabulary, (samples, length), generator=generator)
+
+
+class EventTap:
+    """Stands between an optimizer and the recorder, to alter what is reported (sabotage) or to keep it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, alter: Callable[[StepEvent], StepEvent]) -> None:
+        self._optimizer, self._alter = optimizer, alter
+
+    param_groups = property(lambda self: self._optimizer.param_groups)
+    state = property(lambda self: self._optimizer.state)
+
+    def register_step_event_hook(self, hook):
+        return self._optimizer.register_step_event_hook(lambda event: hook(self._alter(event)))
+
+
+def scale_preconditioner(event: StepEvent, factor: float) -> StepEvent:
+    def scaled(update: ParamStep) -> ParamStep:
+        return replace(update, preconditioner=lambda: update.preconditioner() * factor)
+
+    return replace(event, params=tuple(map(scaled, event.params)))
+
+
+@dataclass
+class Run:
+    """A finished recording."""
+
+    model: nn.Module
+    recorder: Recorder
+    path: Path
+
+    def ledger(self) -> Ledger:
+        return gk.rollback.open(self.path)

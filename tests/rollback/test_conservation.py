@@ -1,0 +1,202 @@
+"""The conservation law holds for real runs, and fails for every way of getting the record wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from recorded_models import TokenModel, gpt2, scale_preconditioner, token_data, token_loss
+from torch import nn
+
+import gradkern as gk
+from gradkern.rollback import VerifyReport
+
+
+def law(report: VerifyReport) -> tuple[bool | None, ...]:
+    return tuple(check.passed for check in report.checks if check.name.startswith("conservation"))
+
+
+def test_holds_for_a_tied_gpt2_with_clipping_and_accumulation(train):
+    torch.manual_seed(0)
+    model = gpt2()
+    run = train(model, token_data(64, 12, 31), steps=110, accumulate=4, micro_batch=4, lr=3e-3, max_norm=1.0)
+    ledger = run.ledger()
+    assert (ledger.steps, ledger.visits) == (110, 110 * 16)
+    found = ledger.conservation(model)
+    assert 0 < found.error <= 1e-5
+    assert found.unowned_share == 0
+    report = ledger.verify(model)
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize(
+    "lr_of_step", [lambda step: 0.0 if step < 2 else 1e-2, lambda step: 1e-2 / (step + 1)]
+)
+def test_holds_when_the_learning_rate_changes_and_starts_at_zero(token_model, train, lr_of_step):
+    def schedule(model, optimizer, step):
+        optimizer.param_groups[0]["lr"] = lr_of_step(step)
+
+    run = train(token_model, token_data(), steps=6, before_step=schedule)
+    assert run.ledger().verify(token_model).passed
+    query = token_data()[:1]
+    assert torch.isfinite(run.ledger().scores(token_model, query, loss_fn=token_loss).scores).all()
+
+
+class SometimesUsed(TokenModel):
+    """Its hidden layers take part in every second forward only."""
+
+    calls = 0
+
+    def forward(self, ids):
+        self.calls += 1
+        if self.calls % 2:
+            return self.head(self.embed(ids))
+        return super().forward(ids)
+
+
+def test_holds_for_parameters_that_get_no_gradient_in_some_steps(train):
+    torch.manual_seed(0)
+    model = SometimesUsed()
+    run = train(model, token_data(), steps=6, accumulate=1)
+    assert run.ledger().verify(model).passed
+
+
+def test_holds_when_a_gradient_is_cleared_by_hand_before_the_step(token_model, train):
+    def clear(model, optimizer, step):
+        if step == 2:
+            model.hidden.weight.grad = None
+
+    run = train(token_model, token_data(), before_step=clear)
+    assert run.ledger().verify(token_model).passed
+
+
+def test_steps_skipped_on_the_device_change_nothing(token_model, train):
+    seen = []
+
+    def skip_third(event):
+        seen.append(event)
+        return event
+
+    run = train(token_model, token_data(), alter=skip_third)
+    assert len(seen) == run.ledger().steps == 5
+
+    # A reported skip leaves shadows and ledger alone, so reporting a real step as skipped breaks the law.
+    torch.manual_seed(0)
+    counter = iter(range(100))
+    skipped = train(
+        token_model,
+        token_data(),
+        name="skipped",
+        alter=lambda event: replace(event, skipped=torch.tensor(next(counter) == 2)),
+    )
+    assert skipped.ledger().steps == 4
+    assert law(skipped.ledger().verify(token_model)) == (False, False)
+
+
+def test_discard_forgets_gradients_cleared_without_a_step(token_model, tmp_path):
+    data = token_data()
+    for discard in (True, False):
+        optimizer = gk.AdamW(token_model.parameters(), lr=1e-2)
+        path = tmp_path / f"run-{discard}"
+        with gk.rollback.record(token_model, optimizer, path) as recorder:
+            for step in range(4):
+                with recorder.batch(range(24)):
+                    token_loss(token_model(data), data).backward()
+                if step == 1:
+                    optimizer.zero_grad()
+                    if discard:
+                        recorder.discard()
+                    continue
+                optimizer.step()
+                optimizer.zero_grad()
+        ledger = gk.rollback.open(path)
+        assert (ledger.steps, ledger.visits) == (3, 72 if discard else 96)
+        assert law(ledger.verify(token_model)) == (discard, discard)
+
+
+def miss_a_layer(model, optimizer, step):
+    if step == 3:
+        del model.hidden.forward
+
+
+def extra_gradient(model, optimizer, step):
+    if step == 3:
+        model.hidden.bias.grad += 1e-3
+
+
+@pytest.mark.parametrize("sabotage", [miss_a_layer, extra_gradient])
+def test_fails_when_a_gradient_was_not_recorded(token_model, train, sabotage):
+    run = train(token_model, token_data(), before_step=sabotage, max_norm=None)
+    assert law(run.ledger().verify(token_model)) == (False, False)
+
+
+@pytest.mark.parametrize("layer", ["embed", "norm", "hidden", "head"])
+def test_fails_when_one_capture_is_counted_twice(token_model, train, layer, monkeypatch):
+    from gradkern.rollback._intake import Intake
+
+    def doubled(original):
+        def twice(self, owned, *args):
+            original(self, owned, *args)
+            if owned.name == layer:
+                original(self, owned, *args)
+
+        return twice
+
+    for name in ("take_matrix", "take_bias", "take_embedding", "take_norm"):
+        monkeypatch.setattr(Intake, name, doubled(getattr(Intake, name)))
+    run = train(token_model, token_data())
+    assert law(run.ledger().verify(token_model)) == (False, False)
+
+
+def test_fails_when_the_reported_preconditioner_is_not_the_one_used(token_model, train):
+    run = train(token_model, token_data(), alter=lambda event: scale_preconditioner(event, 1.001))
+    assert law(run.ledger().verify(token_model)) == (False, False)
+
+
+@pytest.mark.parametrize("field", ["decay", "momentum", "grad_weight", "grad_multiplier"])
+def test_fails_when_a_reported_factor_is_not_the_one_used(token_model, train, field):
+    def wrong(event):
+        return replace(
+            event,
+            params=tuple(
+                replace(update, **{field: getattr(update, field) * 0.999}) for update in event.params
+            ),
+        )
+
+    run = train(token_model, token_data(), alter=wrong)
+    assert law(run.ledger().verify(token_model)) == (False, False)
+
+
+def test_fails_for_a_model_that_moved_after_the_recording(token_model, train):
+    run = train(token_model, token_data())
+    assert run.ledger().verify(token_model).passed
+    with torch.no_grad():
+        token_model.back.bias[0] += 1e-3
+    report = run.ledger().verify(token_model)
+    assert not report.passed
+    assert "at back.bias" in str(report)
+
+
+class WithBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.batch_norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 11)
+
+    def forward(self, ids):
+        return self.head(self.batch_norm(self.embed(ids).transpose(1, 2)).transpose(1, 2))
+
+
+def test_the_residual_holds_what_the_user_named_and_nothing_else(train):
+    torch.manual_seed(0)
+    model = WithBatchNorm()
+    with pytest.raises(ValueError, match=r"'batch_norm\.weight', 'batch_norm\.bias'"):
+        train(model, token_data(), name="refused")
+    run = train(model, token_data(), unowned=["batch_norm.*"])
+    found = run.ledger().conservation(model)
+    assert 0.01 < found.unowned_share < 0.9
+    report = run.ledger().verify(model)
+    assert report.passed
+    assert "unowned batch_norm.weight, batch_norm.bias" in str(report)
