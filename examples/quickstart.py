@@ -28,7 +28,8 @@ from demo.training import (
     MEASURED_STEP,
     ROWS_PER_MICRO_BATCH,
     Loop,
-    measure_natural_peak,
+    rehearse,
+    start_recording,
     train,
 )
 from rich.console import Console
@@ -56,20 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup = describe(args, loop)
     terminal.print_setup(console, setup)
 
-    natural = measure_natural_peak(loop)
-    with gk.rollback.record(model, loop.optimizer, ledger_path) as recorder:
-        plan = gk.checkpoint.plan(
-            model,
-            first_batch(loop),
-            budget=int(BUDGET_SHARE * natural.peak_bytes),
-            optimizer=loop.optimizer,
-            accumulate=ACCUMULATE,
-            recorder=recorder,
-        )
-        plan.apply(model)
-        terminal.print_plan(console, plan)
+    natural, recording_cost = rehearse(loop)
+    plan = gk.checkpoint.plan(
+        model,
+        first_batch(loop),
+        budget=int(BUDGET_SHARE * natural.peak_bytes),
+        optimizer=loop.optimizer,
+        accumulate=ACCUMULATE,
+        recorder=recording_cost,
+    )
+    plan.apply(model)
+    terminal.print_plan(console, plan)
+    with start_recording(loop, ledger_path) as recorder:
         training, planned = train(loop, recorder, args.steps, console)
-        plan.remove(model)
+    plan.remove(model)
     terminal.print_training(console, training)
     memory = compare_peaks(natural, plan, planned)
     terminal.print_peaks(console, memory)
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.print_timings(console, update_cycle, whole_step)
 
     ledger = gk.rollback.open(ledger_path)
-    trust = check_ledger(ledger, loop, ledger_path, args.steps)
+    trust = check_ledger(ledger, loop, ledger_path)
     terminal.print_ledger(console, trust)
     prediction = explain_continuation(ledger, model, corpus, seed=args.seed)
     terminal.print_prediction(console, prediction)
@@ -141,7 +142,7 @@ def first_batch(loop: Loop) -> dict[str, torch.Tensor]:
 
 
 def compare_peaks(
-    natural: gk.checkpoint.Peak, plan: gk.checkpoint.Plan, planned: gk.checkpoint.Peak
+    natural: gk.checkpoint.Peak[float], plan: gk.checkpoint.Plan, planned: gk.checkpoint.Peak[float]
 ) -> Memory:
     """Put what was measured beside what was planned."""
     return Memory(
@@ -169,15 +170,18 @@ def time_beside_torch(loop: Loop, steps: int) -> tuple[Timing, Timing]:
     )
 
 
-def check_ledger(ledger: gk.rollback.Ledger, loop: Loop, path: Path, steps: int) -> LedgerSummary:
+def check_ledger(ledger: gk.rollback.Ledger, loop: Loop, path: Path) -> LedgerSummary:
     """Check what was recorded against what the parameters did."""
     report = ledger.verify(loop.model)
+    conservation = ledger.conservation(loop.model)
+    cosines = [entry.cosine for entry in report.compression]
     return LedgerSummary(
-        conservation_error=ledger.conservation_error,
-        conservation_bound=max(1e-5, 2e-8 * steps),
+        conservation_error=conservation.error,
+        conservation_bound=max(1e-5, 2e-8 * ledger.steps),
         size_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        sample_count=steps * ACCUMULATE * ROWS_PER_MICRO_BATCH,
-        checks=tuple((check.name, check.passed, check.detail) for check in report.checks),
+        sample_count=ledger.visits,
+        checks=tuple((check.name, check.passed is True, check.detail) for check in report.checks),
+        compression_cosine=sum(cosines) / len(cosines),
     )
 
 

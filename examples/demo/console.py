@@ -76,7 +76,8 @@ def print_ledger(console: Console, ledger: LedgerSummary) -> None:
     """Print whether the ledger can be trusted."""
     console.print(
         f"conservation error {ledger.conservation_error:.2e}, bound {ledger.conservation_bound:.0e}; "
-        f"{ledger.sample_count:,} samples in {mib(ledger.size_bytes)}"
+        f"{ledger.sample_count:,} samples in {mib(ledger.size_bytes)}, compressed to a mean cosine of "
+        f"{ledger.compression_cosine:.3f}"
     )
     for name, passed, detail in ledger.checks:
         console.print(Text(f"  {'passed' if passed else 'FAILED'}  {name}: {detail}"))

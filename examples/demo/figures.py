@@ -97,8 +97,9 @@ class LedgerSummary:
         conservation_error: Relative error of the conservation law on the exact factors.
         conservation_bound: What the error must not pass.
         size_bytes: Size of the ledger's folder.
-        sample_count: Distinct training samples recorded.
+        sample_count: Training rows recorded, one per visit.
         checks: ``(name, passed, detail)`` from ``ledger.verify``.
+        compression_cosine: Mean cosine between a compressed record and the exact gradient it stands for.
     """
 
     conservation_error: float
@@ -106,6 +107,7 @@ class LedgerSummary:
     size_bytes: int
     sample_count: int
     checks: tuple[tuple[str, bool, str], ...]
+    compression_cosine: float
 
 
 @dataclass(frozen=True)

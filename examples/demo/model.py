@@ -40,7 +40,6 @@ def build_model(*, layers: int, width: int, length: int, seed: int) -> GPT2LMHea
         eos_token_id=0,
         # The cache of keys and values is for generation; in training it only holds memory.
         use_cache=False,
-        loss_type="ForCausalLM",
     )
     return GPT2LMHeadModel(config)
 

@@ -176,7 +176,8 @@ def _ledger_section(ledger: LedgerSummary) -> str:
         "The ledger",
         f"{ledger.sample_count:,} training samples recorded in {mib(ledger.size_bytes)}. What they changed "
         f"adds up to what the parameters moved, to a relative error of {ledger.conservation_error:.2e} "
-        f"(bound {ledger.conservation_bound:.1e}).",
+        f"(bound {ledger.conservation_bound:.1e}). On disk the records are compressed: their mean cosine "
+        f"with the exact gradients is {ledger.compression_cosine:.3f}.",
         f"<table><thead><tr><th>check</th><th></th><th></th></tr></thead><tbody>{checks}</tbody></table>",
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
@@ -23,15 +25,18 @@ __all__ = [
     "MEASURED_STEP",
     "ROWS_PER_MICRO_BATCH",
     "Loop",
-    "measure_natural_peak",
+    "RecordingCost",
+    "rehearse",
+    "start_recording",
     "train",
 ]
 
 ACCUMULATE = 4
 ROWS_PER_MICRO_BATCH = 4
 MAX_NORM = 1.0
-# The first step allocates the optimizer's state; from the next on, one step's peak is every later step's.
-MEASURED_STEP = 2
+STEPS_PER_SEGMENT = 4
+# The last step of the ledger's second segment: optimizer state and records are all there, and a file is written.
+MEASURED_STEP = 2 * STEPS_PER_SEGMENT - 1
 _LEARNING_RATE = 1.5e-3
 _WARM_UP_STEPS = 10
 _HELD_OUT_ROWS = 32
@@ -93,19 +98,44 @@ class Loop:
         return float(loss.detach())
 
 
-def measure_natural_peak(loop: Loop) -> gk.checkpoint.Peak:
-    """Measure a step without plan and recording, on a copy of the model: the run itself starts untouched."""
-    twin = Loop.start(copy.deepcopy(loop.model), loop.corpus, loop.order)
-    for step in range(MEASURED_STEP):
+@dataclass(frozen=True)
+class RecordingCost:
+    """What recording adds to a step's peak; ``gradkern.checkpoint.plan`` counts it on top of the model's own."""
+
+    peak_bytes: int
+
+    def held_bytes(self) -> int:
+        """Bytes to add."""
+        return self.peak_bytes
+
+
+def rehearse(loop: Loop) -> tuple[gk.checkpoint.Peak[float], RecordingCost]:
+    """Measure a step without a plan, first natural and then recorded, on copies: the run itself starts untouched.
+
+    Returns:
+        The natural peak, and what recording adds to it when a whole segment of records is held.
+    """
+    twin = _twin(loop)
+    for step in range(STEPS_PER_SEGMENT - 1):
         twin.step(step, None)
-    return gk.checkpoint.measure_peak(
-        lambda: twin.step(MEASURED_STEP, None), model=twin.model, optimizer=twin.optimizer
-    )
+    natural = _measure(twin, STEPS_PER_SEGMENT - 1, None)
+
+    twin = _twin(loop)
+    with TemporaryDirectory() as folder, start_recording(twin, Path(folder) / "ledger") as recorder:
+        for step in range(STEPS_PER_SEGMENT - 1):
+            twin.step(step, recorder)
+        recorded = _measure(twin, STEPS_PER_SEGMENT - 1, recorder)
+    return natural, RecordingCost(recorded.peak_bytes - natural.peak_bytes)
+
+
+def start_recording(loop: Loop, path: Path) -> gk.rollback.Recorder:
+    """Record a loop into a new ledger at ``path``."""
+    return gk.rollback.record(loop.model, loop.optimizer, path, steps_per_segment=STEPS_PER_SEGMENT)
 
 
 def train(
     loop: Loop, recorder: gk.rollback.Recorder, steps: int, console: Console
-) -> tuple[Training, gk.checkpoint.Peak]:
+) -> tuple[Training, gk.checkpoint.Peak[float]]:
     """Train with recording on.
 
     Args:
@@ -121,17 +151,14 @@ def train(
     held_out_first = mean_loss(loop.model, held_out)
     losses: list[float] = []
     grad_norms: list[float] = []
-    measured: list[gk.checkpoint.Peak] = []
+    measured: list[gk.checkpoint.Peak[float]] = []
     started = time.perf_counter()
     with _progress(console) as progress:
         task = progress.add_task("training", total=steps, loss=float("nan"), norm=float("nan"), speed=0.0)
         for step in range(steps):
             if step == MEASURED_STEP:
-                peak = gk.checkpoint.measure_peak(
-                    lambda: loop.step(MEASURED_STEP, recorder), model=loop.model, optimizer=loop.optimizer
-                )
-                measured.append(peak)
-                losses.append(float(peak.result))
+                measured.append(_measure(loop, step, recorder))
+                losses.append(measured[-1].result)
             else:
                 losses.append(loop.step(step, recorder))
             grad_norms.append(float(loop.optimizer.grad_norm))
@@ -146,6 +173,16 @@ def train(
         held_out_last=mean_loss(loop.model, held_out),
     )
     return training, measured[0]
+
+
+def _twin(loop: Loop) -> Loop:
+    return Loop.start(copy.deepcopy(loop.model), loop.corpus, loop.order)
+
+
+def _measure(loop: Loop, step: int, recorder: gk.rollback.Recorder | None) -> gk.checkpoint.Peak[float]:
+    return gk.checkpoint.measure_peak(
+        lambda: loop.step(step, recorder), model=loop.model, optimizer=loop.optimizer
+    )
 
 
 def _progress(console: Console) -> Progress:

@@ -92,15 +92,15 @@ def test_second_run_replaces_the_first(small_run: tuple[Path, str], tmp_path: Pa
     out, _ = small_run
     again = tmp_path / "out"
     shutil.copytree(out, again)
-    done = run_quickstart(again, "--steps", "3", "--layers", "2", "--width", "32", "--length", "64")
+    done = run_quickstart(again, "--steps", "8", "--layers", "2", "--width", "32", "--length", "64")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((again / "quickstart.json").read_text())["steps"] == 3
+    assert json.loads((again / "quickstart.json").read_text())["steps"] == 8
 
 
 def test_too_few_steps_say_so(tmp_path: Path) -> None:
     done = run_quickstart(tmp_path, "--steps", "2")
     assert done.returncode == 2
-    assert "--steps must be at least 3, got 2" in done.stderr
+    assert "--steps must be at least 8, got 2" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

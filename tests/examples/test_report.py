@@ -28,7 +28,7 @@ def figures() -> Figures:
         update_cycle=Timing("cycle", 0.010, 0.015, 100, 200, 7),
         whole_step=Timing("step", 0.5, 0.55, None, None, 7),
         ledger=LedgerSummary(
-            3e-7, 1e-5, 1000, 96, (("conservation", True, HOSTILE), ("reconstruction", False, "x"))
+            3e-7, 1e-5, 1000, 96, (("conservation", True, HOSTILE), ("reconstruction", False, "x")), 0.9
         ),
         prediction=Prediction(
             Snippet(HOSTILE, 3, HOSTILE), HOSTILE, (Influential(7, 0.25, Snippet(HOSTILE, 12, HOSTILE)),)
