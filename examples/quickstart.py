@@ -32,7 +32,6 @@ from demo.training import (
     start_recording,
     train,
 )
-from rich.console import Console
 
 import gradkern as gk
 
@@ -44,7 +43,7 @@ STEP_ROUNDS = 7
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the defaults are what ``make demo`` runs."""
     args = parse_arguments(argv)
-    console = Console()
+    console = terminal.open_console()
     ledger_path = args.out / "ledger"
     args.out.mkdir(parents=True, exist_ok=True)
     if ledger_path.exists():
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; the sizes exist so that a test can run the demo small."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: %(default)s)")
     parser.add_argument(
         "--out",
         type=Path,

@@ -11,10 +11,26 @@ import gradkern as gk
 from .figures import LedgerSummary, Memory, Prediction, Setup, Timing, Training
 from .report import mib
 
-__all__ = ["print_ledger", "print_peaks", "print_plan", "print_prediction", "print_setup", "print_timings"]
+__all__ = [
+    "open_console",
+    "print_ledger",
+    "print_peaks",
+    "print_plan",
+    "print_prediction",
+    "print_setup",
+    "print_timings",
+    "print_training",
+]
 
 _CONTINUATION = "bold blue"
-_SNIPPET_WIDTH = 72
+_PLAIN_WIDTH = 120
+_SNIPPET_WIDTH = 60
+
+
+def open_console() -> Console:
+    """Open the terminal; where there is none, lines are wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
 def print_setup(console: Console, setup: Setup) -> None:
@@ -91,17 +107,20 @@ def print_prediction(console: Console, prediction: Prediction) -> None:
     )
     console.print(Text(prompt.text).append(prediction.continuation, style=_CONTINUATION))
     table = _table("The training snippets with the highest influence on it", "file and line", "score")
-    table.add_column("text", overflow="ellipsis", no_wrap=True)
+    table.add_column("text, from its beginning")
     for influence in prediction.influences:
         where = f"{influence.snippet.path}:{influence.snippet.first_line}"
-        flat = " ".join(influence.snippet.text.split())[:_SNIPPET_WIDTH]
-        table.add_row(Text(where), f"{influence.score:+.2e}", Text(flat))
+        table.add_row(
+            Text(where),
+            f"{influence.score:+.2e}",
+            Text(" ".join(influence.snippet.text.split())[:_SNIPPET_WIDTH]),
+        )
     console.print(table)
 
 
 def _table(title: str, first: str, *figures: str) -> Table:
     table = Table(title=f"\n{title}", title_justify="left", title_style="bold")
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for heading in figures:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table

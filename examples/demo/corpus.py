@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Corpus", "Snippet", "decode"]
+__all__ = ["Corpus", "Snippet", "readable"]
 
 # Tests, tables of numbers, and what distributions split off or add: the rest is much the same everywhere.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "ensurepip", "tkinter", "turtledemo"}
@@ -29,12 +29,17 @@ class Snippet:
     Attributes:
         path: File, relative to the corpus root.
         first_line: Line on which the piece begins, counted from 1.
-        text: The piece itself.
+        data: The piece itself.
     """
 
     path: str
     first_line: int
-    text: str
+    data: bytes
+
+    @property
+    def text(self) -> str:
+        """The piece as :func:`readable` text."""
+        return readable(self.data)
 
 
 class Corpus:
@@ -93,7 +98,7 @@ class Corpus:
         return Snippet(
             path=self._paths[file_index],
             first_line=content.count(b"\n", 0, offset) + 1,
-            text=decode(content[offset : offset + self.length]),
+            data=content[offset : offset + self.length],
         )
 
     def held_out_rows(self, count: int) -> torch.Tensor:
@@ -117,7 +122,7 @@ class Corpus:
             if position >= 0:
                 end = position + len(needle)
                 start = end - length
-                return Snippet(name, content.count(b"\n", 0, start) + 1, decode(content[start:end]))
+                return Snippet(name, content.count(b"\n", 0, start) + 1, content[start:end])
         raise ValueError(
             f"held_out_prompt: no held-out file of {self.root} has {marker!r} after {length} bytes; "
             "pass a more common marker or a smaller length"
@@ -134,9 +139,10 @@ class Corpus:
         return file_index, (sample_id - self._first_row[file_index]) * self.length
 
 
-def decode(data: bytes) -> str:
-    """Turn bytes into text; a character cut in half becomes U+FFFD."""
-    return data.decode("utf-8", errors="replace")
+def readable(data: bytes) -> str:
+    """Turn bytes into text that is safe to print; what is no character, or a control character, is U+FFFD."""
+    text = data.decode("utf-8", errors="replace")
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def _source_files(root: Path) -> Iterator[Path]:

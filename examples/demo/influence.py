@@ -7,7 +7,7 @@ from transformers import GPT2LMHeadModel
 
 import gradkern as gk
 
-from .corpus import Corpus, decode
+from .corpus import Corpus, readable
 from .figures import Influential, Prediction
 from .model import continue_text
 
@@ -32,7 +32,7 @@ def explain_continuation(
         seed: Seed of the sampling.
     """
     prompt = corpus.held_out_prompt(_MARKER, corpus.length // 2)
-    prompt_ids = torch.tensor(list(prompt.text.encode()))
+    prompt_ids = torch.tensor(list(prompt.data))
     continuation = continue_text(
         model, prompt_ids, count=corpus.length - len(prompt_ids), temperature=_TEMPERATURE, seed=seed
     )
@@ -43,6 +43,6 @@ def explain_continuation(
     found = ledger.explain(model, {"input_ids": input_ids, "labels": labels}, k=_SNIPPETS)
     return Prediction(
         prompt=prompt,
-        continuation=decode(bytes(continuation.tolist())),
+        continuation=readable(bytes(continuation.tolist())),
         influences=tuple(Influential(hit.id, hit.score, corpus.snippet(hit.id)) for hit in found),
     )

@@ -41,7 +41,10 @@ def build_model(*, layers: int, width: int, length: int, seed: int) -> GPT2LMHea
         # The cache of keys and values is for generation; in training it only holds memory.
         use_cache=False,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    # Said by name, because transformers warns where it has to guess.
+    model.loss_type = "ForCausalLM"
+    return model
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def time_update_cycle(
     size = sum(param.numel() * param.element_size() for param in model.parameters())
     adds = 3 * (accumulate - 1)
     return Timing(
-        name=f"update cycle: accumulate {accumulate}, clip, step, zero",
+        name=f"accumulate {accumulate}, clip, step, zero",
         ours_s=ours_s,
         torch_s=theirs_s,
         ours_bytes=(adds + 1 + 7) * size,
@@ -76,7 +76,7 @@ def time_whole_step(
     """Time forward, backward and update over the micro-batches ``batches``, without plan and recording."""
     ours, theirs = _whole_steps(model, max_norm)
     ours_s, theirs_s = _interleave(ours, theirs, lambda: list(batches), rounds)
-    return Timing("whole step: forward, backward, update", ours_s, theirs_s, None, None, rounds)
+    return Timing("forward, backward, update", ours_s, theirs_s, None, None, rounds)
 
 
 def _optimizers(

@@ -35,7 +35,7 @@ ACCUMULATE = 4
 ROWS_PER_MICRO_BATCH = 4
 MAX_NORM = 1.0
 STEPS_PER_SEGMENT = 4
-# The last step of the ledger's second segment: optimizer state and records are all there, and a file is written.
+# The last step of the second segment: optimizer state and records are all there, and a file is written.
 MEASURED_STEP = 2 * STEPS_PER_SEGMENT - 1
 _LEARNING_RATE = 1.5e-3
 _WARM_UP_STEPS = 10
@@ -100,7 +100,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class RecordingCost:
-    """What recording adds to a step's peak; ``gradkern.checkpoint.plan`` counts it on top of the model's own."""
+    """What recording adds to a step's peak, for ``gradkern.checkpoint.plan`` to count."""
 
     peak_bytes: int
 
@@ -110,7 +110,7 @@ class RecordingCost:
 
 
 def rehearse(loop: Loop) -> tuple[gk.checkpoint.Peak[float], RecordingCost]:
-    """Measure a step without a plan, first natural and then recorded, on copies: the run itself starts untouched.
+    """Measure a step without a plan, natural and then recorded, on copies: the run itself starts untouched.
 
     Returns:
         The natural peak, and what recording adds to it when a whole segment of records is held.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo.corpus import Corpus
+from demo.corpus import Corpus, readable
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ def test_every_sampled_row_stands_in_its_file_at_its_line(corpus: Corpus) -> Non
             if content[start : start + LENGTH] == data
         }
         assert snippet.first_line in lines_of_matches
-        assert snippet.text == data.decode("utf-8", errors="replace")
+        assert snippet.data == data
 
 
 def test_held_out_files_are_never_trained_on(corpus: Corpus) -> None:
@@ -42,13 +42,26 @@ def test_prompt_is_the_text_at_its_line(corpus: Corpus) -> None:
     prompt = corpus.held_out_prompt("\n    def __init__(self", 128)
     content = (corpus.root / prompt.path).read_bytes()
     end = content.index(b"\n    def __init__(self", 128 - 22) + 22
-    assert prompt.text == content[end - 128 : end].decode("utf-8", errors="replace")
+    assert prompt.data == content[end - 128 : end]
     assert prompt.first_line == content.count(b"\n", 0, end - 128) + 1
 
 
 def test_prompt_marker_that_is_nowhere_says_so(corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="pass a more common marker"):
         corpus.held_out_prompt("no file has this \x00 marker", 64)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"a\tb\n", "a\tb\n"),
+        ("µ→".encode(), "µ→"),
+        ("µ".encode()[:1], "\ufffd"),
+        (b"\x1b[2J\x00\r", "\ufffd[2J\ufffd\ufffd"),
+    ],
+)
+def test_text_is_safe_to_print(data: bytes, expected: str) -> None:
+    assert readable(data) == expected
 
 
 @pytest.mark.parametrize("sample_id", [-1, 10**9])

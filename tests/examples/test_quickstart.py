@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
+STEPS = 20
 SECTIONS = ["headline", "memory", "training", "timing", "influence", "ledger"]
 CHARTS = ["memory-timeline", "loss-curve", "norm-curve"]
 # Writes down where the browser put each part, so that a part that is there but not seen is noticed.
@@ -35,7 +35,7 @@ def run_quickstart(out: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, "examples/quickstart.py", "--out", str(out), *arguments],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "140"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -45,7 +45,7 @@ def run_quickstart(out: Path, *arguments: str) -> subprocess.CompletedProcess[st
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("quickstart")
-    size = ["--steps", str(STEPS), "--layers", "4", "--width", "64", "--length", "128"]
+    size = ["--steps", str(STEPS), "--layers", "6", "--width", "32", "--length", "256"]
     done = run_quickstart(out, *size)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
@@ -92,7 +92,7 @@ def test_second_run_replaces_the_first(small_run: tuple[Path, str], tmp_path: Pa
     out, _ = small_run
     again = tmp_path / "out"
     shutil.copytree(out, again)
-    done = run_quickstart(again, "--steps", "8", "--layers", "2", "--width", "32", "--length", "64")
+    done = run_quickstart(again, "--steps", "8", "--layers", "6", "--width", "32", "--length", "128")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((again / "quickstart.json").read_text())["steps"] == 8
 

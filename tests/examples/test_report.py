@@ -31,7 +31,9 @@ def figures() -> Figures:
             3e-7, 1e-5, 1000, 96, (("conservation", True, HOSTILE), ("reconstruction", False, "x")), 0.9
         ),
         prediction=Prediction(
-            Snippet(HOSTILE, 3, HOSTILE), HOSTILE, (Influential(7, 0.25, Snippet(HOSTILE, 12, HOSTILE)),)
+            Snippet(HOSTILE, 3, HOSTILE.encode()),
+            HOSTILE,
+            (Influential(7, 0.25, Snippet(HOSTILE, 12, HOSTILE.encode())),),
         ),
     )
 
