@@ -83,9 +83,7 @@ class _Linear(torch.autograd.Function):
     """``input @ weightᵀ + bias``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, layer: OwnedLayer, sink: Sink
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, layer: OwnedLayer, sink: Sink) -> Tensor:
         ctx.layer, ctx.sink = layer, sink
         _save_factors(ctx, input, weight)
         return F.linear(input, weight, bias)
@@ -111,9 +109,7 @@ class _Conv1D(torch.autograd.Function):
     """``input @ weight + bias``: transformers' Linear with a transposed weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, layer: OwnedLayer, sink: Sink
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, layer: OwnedLayer, sink: Sink) -> Tensor:
         ctx.layer, ctx.sink = layer, sink
         _save_factors(ctx, input, weight)
         flat = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight)
@@ -140,9 +136,7 @@ class _Embedding(torch.autograd.Function):
     """Rows of ``weight``; where the ids are shared by all samples, one copy of the output per sample."""
 
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int, layer: OwnedLayer, sink: Sink
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int, layer: OwnedLayer, sink: Sink) -> Tensor:
         ctx.layer, ctx.sink, ctx.padding_idx = layer, sink, padding_idx
         ctx.num_rows = weight.shape[0]
         ctx.save_for_backward(ids)
@@ -154,9 +148,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         lookup_grad = grad.sum_to_size((*ids.shape, grad.shape[-1]))
-        weight_grad = torch.ops.aten.embedding_dense_backward(
-            lookup_grad, ids, ctx.num_rows, ctx.padding_idx, False
-        )
+        weight_grad = torch.ops.aten.embedding_dense_backward(lookup_grad, ids, ctx.num_rows, ctx.padding_idx, False)
         if ctx.padding_idx >= 0:
             grad = grad.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0)
         ctx.sink.take_embedding(ctx.layer, ids, grad)
@@ -196,9 +188,7 @@ class _LayerNorm(torch.autograd.Function):
 
 def _save_factors(ctx: Any, input: Tensor, weight: Tensor) -> None:
     """Save what autograd would: the input for the weight's gradient, the weight for the input's."""
-    ctx.save_for_backward(
-        input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
-    )
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
 
 
 def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
@@ -213,17 +203,13 @@ def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:
 
 def _embedding(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     padding_idx = layer.module.padding_idx
-    return _apply(
-        _Embedding, layer.module.weight, input, -1 if padding_idx is None else padding_idx, layer, sink
-    )
+    return _apply(_Embedding, layer.module.weight, input, -1 if padding_idx is None else padding_idx, layer, sink)
 
 
 def _layer_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     _forbid_autocast(layer, input)
     module = layer.module
-    return _apply(
-        _LayerNorm, input, module.weight, module.bias, module.normalized_shape, module.eps, layer, sink
-    )
+    return _apply(_LayerNorm, input, module.weight, module.bias, module.normalized_shape, module.eps, layer, sink)
 
 
 _FORWARDS: dict[LayerKind, Callable[..., Any]] = {

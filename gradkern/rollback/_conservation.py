@@ -19,7 +19,8 @@ from gradkern.step_event import ParamStep
 
 __all__ = ["Balance", "Shadows", "balance", "conservation_bound"]
 
-# A step rounds the parameter twice, by at most half a unit in the last place of fp32: after decay and after update.
+# A step rounds the parameter twice, by at most half a unit in the last place of fp32: after decay and after
+# update.
 _ROUNDING_PER_STEP = 2 * 2.0**-24
 
 
@@ -74,9 +75,7 @@ class Shadows:
         """Forget what waits for the next step."""
         self._fresh = set(self._gradients)
 
-    def step(
-        self, index: int, update: ParamStep, multiplier: float, preconditioner: torch.Tensor | None
-    ) -> None:
+    def step(self, index: int, update: ParamStep, multiplier: float, preconditioner: torch.Tensor | None) -> None:
         """Follow one step of one parameter; ``preconditioner`` is needed for owned ones."""
         self.decays[index] *= update.decay
         if preconditioner is None:
@@ -89,9 +88,7 @@ class Shadows:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(
-            tensor.nbytes
-            for buffers in (self._gradients, self._momenta, self._deltas)
-            for tensor in buffers.values()
+            tensor.nbytes for buffers in (self._gradients, self._momenta, self._deltas) for tensor in buffers.values()
         )
 
 

@@ -102,11 +102,7 @@ class Intake:
             # One copy per sample, or the sum over samples would be all that backward ever sees.
             own = output.squeeze(0) if ids.dim() > 1 and ids.shape[0] == 1 else output
             return own.expand(samples, *own.shape)
-        if (
-            ids.dim() == 1
-            and len(ids) == samples > 1
-            and bool((ids == torch.arange(samples, device=ids.device)).all())
-        ):
+        if ids.dim() == 1 and len(ids) == samples > 1 and bool((ids == torch.arange(samples, device=ids.device)).all()):
             raise ValueError(
                 f"record: embedding {layer.name!r} got the ids 0..{samples - 1} in a batch of {samples} "
                 f"samples: one id per sample, or positions shared by all samples? If shared, pass "

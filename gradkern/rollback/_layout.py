@@ -74,8 +74,7 @@ class Layout:
         return cls(
             model=tuple((name, tuple(shape), dtype) for name, shape, dtype in fields["model"]),
             parameters=tuple(
-                ParameterInfo(entry["name"], tuple(entry["shape"]), entry["owned"])
-                for entry in fields["parameters"]
+                ParameterInfo(entry["name"], tuple(entry["shape"]), entry["owned"]) for entry in fields["parameters"]
             ),
             streams=tuple(Stream(**entry) for entry in fields["streams"]),
         )

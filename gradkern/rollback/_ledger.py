@@ -123,9 +123,10 @@ class Ledger:
         if k < 1:
             raise ValueError(f"explain: k must be at least 1, got {k}")
         found = self.scores(model, query, loss_fn=loss_fn, estimator=estimator)
-        scores, positions = found.scores.topk(min(k, len(found.scores)))
-        ids = found.ids[positions]
-        return [Influence(id, score) for id, score in zip(ids.tolist(), scores.tolist(), strict=True)]
+        # Stable: of equal scores the smaller id comes first, whatever k is.
+        scores, positions = found.scores.sort(descending=True, stable=True)
+        best = zip(found.ids[positions[:k]].tolist(), scores[:k].tolist(), strict=True)
+        return [Influence(id, score) for id, score in best]
 
     def scores(
         self, model: nn.Module, query: Batch, *, loss_fn: LossFn | None = None, estimator: str = "direct"
@@ -136,9 +137,7 @@ class Ledger:
         recorded parameter's size.
         """
         if estimator not in _ESTIMATORS:
-            raise ValueError(
-                f"estimator must be one of {', '.join(map(repr, _ESTIMATORS))}, got {estimator!r}"
-            )
+            raise ValueError(f"estimator must be one of {', '.join(map(repr, _ESTIMATORS))}, got {estimator!r}")
         parameters = self._layout.trained_parameters(model)
         self._require_recorded_values(parameters)
         owned = {

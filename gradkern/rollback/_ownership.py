@@ -106,9 +106,7 @@ def claim(
         streams.append(Stream(layer, indices[id(parameter)], kind))
         return len(streams) - 1
 
-    candidates = [
-        (name, module, kind) for name, module in model.named_modules() if (kind := _kind(module)) is not None
-    ]
+    candidates = [(name, module, kind) for name, module in model.named_modules() if (kind := _kind(module)) is not None]
     embeddings = {name: module for name, module, kind in candidates if kind is LayerKind.EMBEDDING}
     shared = _matching(embeddings, shared_inputs, "shared_inputs", "embedding")
     for name, module, kind in candidates:
@@ -129,8 +127,7 @@ def claim(
     layout = Layout(
         model=describe_parameters(model),
         parameters=tuple(
-            ParameterInfo(name, tuple(parameter.shape), name in owned)
-            for name, parameter in parameters.items()
+            ParameterInfo(name, tuple(parameter.shape), name in owned) for name, parameter in parameters.items()
         ),
         streams=tuple(streams),
     )
@@ -196,9 +193,7 @@ def _matching(names: Mapping[str, object], patterns: Sequence[str], argument: st
     for pattern in patterns:
         matches = {name for name in names if fnmatchcase(name, pattern)}
         if not matches:
-            raise ValueError(
-                f"record: {argument} pattern {pattern!r} matches no {what}; there are {_listed(names)}"
-            )
+            raise ValueError(f"record: {argument} pattern {pattern!r} matches no {what}; there are {_listed(names)}")
         found |= matches
     return found
 

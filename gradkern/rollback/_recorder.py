@@ -224,9 +224,7 @@ class Recorder:
             multiplier = multipliers[key]
             exact = update.preconditioner() if self._layout.parameters[index].owned else None
             self._shadows.step(index, update, multiplier, exact)
-            scalars[index] = StepScalars(
-                update.lr, update.decay, update.momentum, update.grad_weight, multiplier
-            )
+            scalars[index] = StepScalars(update.lr, update.decay, update.momentum, update.grad_weight, multiplier)
             if exact is not None:
                 preconditioners[index] = smooth(exact)
         self._shadows.drop_gradients()
@@ -269,15 +267,10 @@ class Recorder:
 
     def _create_store(self, path: Path, rank: int) -> StoreWriter:
         infos = self._layout.parameters
-        initial = {
-            info.name: parameter.detach().cpu()
-            for info, parameter in zip(infos, self._parameters, strict=True)
-        }
+        initial = {info.name: parameter.detach().cpu() for info, parameter in zip(infos, self._parameters, strict=True)}
         existed = path.exists()
         try:
-            return StoreWriter(
-                path, self._layout, initial, {"rank": str(rank), "torch": str(torch.__version__)}
-            )
+            return StoreWriter(path, self._layout, initial, {"rank": str(rank), "torch": str(torch.__version__)})
         except BaseException:
             if not existed:
                 shutil.rmtree(path, ignore_errors=True)

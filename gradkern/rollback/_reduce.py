@@ -38,9 +38,7 @@ def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.float() * scale.unsqueeze(-1)
 
 
-def low_rank_product(
-    left: torch.Tensor, right: torch.Tensor, start: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank_product(left: torch.Tensor, right: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Approximate ``leftᵀ @ right`` of every sample by a product of few rows.
 
     Args:

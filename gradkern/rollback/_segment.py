@@ -94,8 +94,7 @@ class Segment:
             scalars=_join_scalars(steps, len(layout.parameters)),
             preconditioners=_join_preconditioners(steps),
             records={
-                stream: RECORD_TYPES[layout.streams[stream].kind].join(parts)
-                for stream, parts in records.items()
+                stream: RECORD_TYPES[layout.streams[stream].kind].join(parts) for stream, parts in records.items()
             },
             fidelity=torch.tensor(
                 [

@@ -138,9 +138,7 @@ class StoreWriter:
         """Close the catalog."""
         self._catalog.close()
 
-    def _write(
-        self, name: str, role: str, tensors: Mapping[str, torch.Tensor], steps: int, visits: int
-    ) -> FileEntry:
+    def _write(self, name: str, role: str, tensors: Mapping[str, torch.Tensor], steps: int, visits: int) -> FileEntry:
         """Write a file so that it is complete under its name or absent, even if the power goes."""
         content = _safetensors().save({key: tensor.contiguous() for key, tensor in tensors.items()})
         target = self._path / name
@@ -196,8 +194,7 @@ class StoreReader:
         catalog = path / _CATALOG
         if not catalog.is_file():
             raise LedgerError(
-                f"{str(path)!r} is no ledger: it has no {_CATALOG}; pass the folder that was given to "
-                f"record()"
+                f"{str(path)!r} is no ledger: it has no {_CATALOG}; pass the folder that was given to record()"
             )
         try:
             # Not mode=ro: after a kill the first reader must be allowed to roll back the unfinished
@@ -222,8 +219,7 @@ class StoreReader:
             self.layout = Layout.from_json(self.facts["layout"])
         except (KeyError, TypeError, ValueError) as error:
             raise LedgerError(
-                f"the catalog {str(catalog)!r} is damaged: its layout does not parse ({error}); restore it "
-                f"from a copy"
+                f"the catalog {str(catalog)!r} is damaged: its layout does not parse ({error}); restore it from a copy"
             ) from error
 
     @property

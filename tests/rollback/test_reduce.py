@@ -41,9 +41,7 @@ def test_few_rows_are_kept_exactly(seed, samples, tokens, height, width, rank):
 
 
 @settings(deadline=None)
-@given(
-    seeds, st.integers(1, 4), st.integers(1, 3), st.integers(8, 30), st.integers(4, 20), st.integers(4, 20)
-)
+@given(seeds, st.integers(1, 4), st.integers(1, 3), st.integers(8, 30), st.integers(4, 20), st.integers(4, 20))
 def test_a_product_of_true_low_rank_is_recovered(seed, samples, rank, tokens, height, width):
     inner = normal(seed, samples, rank, height)
     left = normal(seed + 1, samples, tokens, rank) @ inner
@@ -57,18 +55,33 @@ def test_a_product_of_true_low_rank_is_recovered(seed, samples, rank, tokens, he
     assert torch.linalg.norm(found - exact) <= 2e-3 * torch.linalg.norm(exact)
 
 
+def energies(seed, rank, samples):
+    """Energy captured, and what dense fp64 linear algebra says: the same subspace, and the best one."""
+    spectrum = torch.logspace(0, -2, 24)[:, None]
+    left, right = normal(seed, samples, 24, 30) * spectrum, normal(seed + 1, samples, 24, 20) * spectrum
+    start = normal(seed + 2, rank, 20)
+    gradient = left.double().transpose(1, 2) @ right.double()
+    low_left, low_right = low_rank_product(left, right, start)
+    missed = gradient - low_left.double().transpose(1, 2) @ low_right.double()
+    captured = gradient.square().sum((1, 2)) - missed.square().sum((1, 2))
+    basis = torch.linalg.qr(gradient.transpose(1, 2) @ gradient @ start.double().t()).Q
+    same_subspace = (gradient @ basis).square().sum((1, 2))
+    best = torch.linalg.svdvals(gradient)[:, :rank].square().sum(1)
+    return captured, same_subspace, best
+
+
 @settings(deadline=None)
 @given(seeds, st.integers(1, 4))
-def test_captured_energy_is_near_the_best_possible(seed, rank):
-    decay = torch.logspace(0, -2, 24)
-    left, right = normal(seed, 32, 24, 30) * decay[:, None], normal(seed + 1, 32, 24, 20) * decay[:, None]
-    gradient = left.double().transpose(1, 2) @ right.double()
-    best = torch.linalg.svdvals(gradient)[:, :rank].square().sum(1)
-    low_left, low_right = low_rank_product(left, right, normal(seed + 2, rank, 20))
-    found = low_left.double().transpose(1, 2) @ low_right.double()
-    captured = gradient.square().sum((1, 2)) - (gradient - found).square().sum((1, 2))
+def test_the_subspace_is_that_of_one_power_iteration(seed, rank):
+    captured, same_subspace, best = energies(seed, rank, samples=3)
+    torch.testing.assert_close(captured, same_subspace, rtol=1e-3, atol=0.0)
     assert bool((captured <= best * (1 + 1e-5)).all())
-    assert captured.sum() >= 0.75 * best.sum()
+
+
+def test_captured_energy_is_near_the_best_possible():
+    found = [energies(seed, rank=2, samples=8) for seed in range(0, 300, 3)]
+    captured, _, best = (torch.stack(values).mean() for values in zip(*found, strict=True))
+    assert captured >= 0.9 * best
 
 
 @settings(deadline=None)

@@ -1,0 +1,216 @@
+"""The ledger on disk survives being killed, and never hands out a damaged record."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import time
+
+import pytest
+import torch
+from recorded_models import TokenModel, token_data, token_loss
+
+import gradkern as gk
+from gradkern.errors import LedgerError
+from gradkern.rollback._layout import Layout, ParameterInfo, Stream
+from gradkern.rollback._store import StoreReader, StoreWriter
+
+# A server process imports torch once; its children fork from it in milliseconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "gradkern", "recorded_models"])
+
+LAYOUT = Layout(
+    model=(("weight", (4, 3), "float32"),),
+    parameters=(ParameterInfo("weight", (4, 3), owned=True),),
+    streams=(Stream("", 0, "matrix"),),
+)
+
+
+def segment_tensors(number: int) -> dict[str, torch.Tensor]:
+    return {"number": torch.tensor([number]), "filling": torch.full((20_000,), float(number))}
+
+
+def write_until_killed(path, committed) -> None:
+    store = StoreWriter(path, LAYOUT, {"weight": torch.zeros(4, 3)}, {})
+    committed.value = 0
+    for number in range(1_000_000):
+        store.commit_segment(segment_tensors(number), steps=3, visits=7)
+        committed.value = number + 1
+
+
+def train_until_killed(path, committed) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, data = TokenModel(), token_data()
+    optimizer = gk.AdamW(model.parameters(), lr=1e-3, max_norm=1.0)
+    recorder = gk.rollback.record(model, optimizer, path, steps_per_segment=2)
+    for step in range(1_000_000):
+        with recorder.batch(range(24)):
+            token_loss(model(data), data).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        committed.value = (step + 1) // 2 * 2
+
+
+def kill_at_random(target, path, seed: int) -> int:
+    """Run ``target``, kill it a random moment after its first commit, return what it had reported committed."""
+    committed = PROCESSES.Value("q", -1)
+    process = PROCESSES.Process(target=target, args=(path, committed))
+    process.start()
+    deadline = time.monotonic() + 60
+    while committed.value < 1:
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(random.Random(seed).uniform(0.0, 0.08))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return committed.value
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_committed_segment_is_lost_to_a_kill(tmp_path, seed):
+    path = tmp_path / "ledger"
+    reported = kill_at_random(write_until_killed, path, seed)
+    store = StoreReader(path)
+    # The kill may fall between a commit and its report, never the other way round.
+    assert reported <= len(store.segments) <= reported + 1
+    for number, entry in enumerate(store.segments):
+        assert (entry.first_step, entry.end_step, entry.visits) == (3 * number, 3 * number + 3, 7)
+        loaded = store.load(entry)
+        assert all(torch.equal(loaded[name], value) for name, value in segment_tensors(number).items())
+    assert store.closing is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_recording_opens_up_to_its_last_commit(tmp_path, seed):
+    path = tmp_path / "ledger"
+    reported = kill_at_random(train_until_killed, path, seed)
+    ledger = gk.rollback.open(path)
+    assert not ledger.complete
+    assert reported <= ledger.steps <= reported + 2
+    assert ledger.visits == 24 * ledger.steps
+    model, query = TokenModel(), token_data()[:1]
+    with pytest.warns(UserWarning, match=f"ends with step {ledger.steps}"):
+        found = ledger.explain(model, query, k=24, loss_fn=token_loss)
+    assert len(found) == 24
+    report = ledger.verify(model)
+    assert not report.passed
+    assert [check.passed for check in report.checks] == [True, None]
+    with pytest.raises(LedgerError, match=r"ended without close\(\)"):
+        ledger.conservation(model)
+
+
+@pytest.fixture
+def recorded(token_model, train):
+    return train(token_model, token_data(), steps_per_segment=2)
+
+
+def test_every_damaged_byte_is_noticed(recorded):
+    generator = random.Random(0)
+    for file in sorted(recorded.path.rglob("*.safetensors")):
+        content = file.read_bytes()
+        for position in {0, 7, 8, len(content) - 1, *generator.sample(range(len(content)), 40)}:
+            file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+            ledger = gk.rollback.open(recorded.path)
+            report = ledger.verify(recorded.model)
+            assert not report.passed
+            assert file.name in str(report)
+            with pytest.raises(LedgerError, match=file.name):
+                use_everything(ledger, recorded.model)
+        file.write_bytes(content)
+    assert gk.rollback.open(recorded.path).verify(recorded.model).passed
+
+
+def use_everything(ledger, model):
+    ledger.explain(model, token_data()[:1], loss_fn=token_loss)
+    ledger.conservation(model)
+
+
+def test_every_truncation_is_noticed(recorded):
+    for file in sorted(recorded.path.rglob("*.safetensors")):
+        content = file.read_bytes()
+        for length in {0, 1, 8, len(content) // 2, len(content) - 1}:
+            file.write_bytes(content[:length])
+            with pytest.raises(LedgerError, match=rf"{file.name}.*has {length} bytes, {len(content)} were"):
+                gk.rollback.open(recorded.path)
+        file.unlink()
+        with pytest.raises(LedgerError, match=f"{file.name}.*is missing"):
+            gk.rollback.open(recorded.path)
+        file.write_bytes(content)
+
+
+def test_a_folder_without_a_ledger_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(LedgerError, match="is no ledger: it has no catalog"):
+            gk.rollback.open(path)
+
+
+def test_a_damaged_catalog_is_refused(recorded):
+    catalog = recorded.path / "catalog.sqlite"
+    catalog.write_bytes(b"not a database" * 100)
+    with pytest.raises(LedgerError, match=r"catalog\.sqlite.*cannot be read"):
+        gk.rollback.open(recorded.path)
+    catalog.write_bytes(b"")
+    with pytest.raises(LedgerError, match="killed before its first commit"):
+        gk.rollback.open(recorded.path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format_version", "2", "format version 2, this gradkern reads version 1"),
+        ("layout", "{", "does not parse"),
+    ],
+)
+def test_unknown_formats_are_refused(recorded, key, value, message):
+    connection = sqlite3.connect(recorded.path / "catalog.sqlite")
+    with connection:
+        connection.execute("UPDATE meta SET value = ? WHERE key = ?", (value, key))
+    connection.close()
+    with pytest.raises(LedgerError, match=message):
+        gk.rollback.open(recorded.path)
+
+
+def test_reading_changes_no_file(recorded):
+    def state():
+        return {
+            file: (file.stat().st_mtime_ns, file.read_bytes()) for file in recorded.path.rglob("*") if file.is_file()
+        }
+
+    before = state()
+    ledger = recorded.ledger()
+    ledger.verify(recorded.model)
+    use_everything(ledger, recorded.model)
+    assert state() == before
+
+
+def test_a_full_disk_loses_nothing_that_can_still_be_written(token_model, tmp_path, monkeypatch):
+    """A commit that fails raises in the training loop; its records stay and are committed by the next."""
+    data, optimizer = token_data(), gk.AdamW(token_model.parameters(), lr=1e-2)
+    original, broken = os.fsync, [False]
+
+    def fsync(descriptor):
+        if broken[0]:
+            raise OSError(28, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with gk.rollback.record(token_model, optimizer, tmp_path / "run", steps_per_segment=1) as recorder:
+        for step in range(4):
+            with recorder.batch(range(24)):
+                token_loss(token_model(data), data).backward()
+            broken[0] = step in (1, 2)
+            if broken[0]:
+                with pytest.raises(OSError, match="No space left"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+    ledger = gk.rollback.open(tmp_path / "run")
+    assert (ledger.steps, ledger.visits) == (4, 96)
+    assert ledger.verify(token_model).passed
