@@ -1,4 +1,4 @@
-"""What README and the pages show is run: Python blocks as one session a page, shell blocks as targets that exist."""
+"""What README and the pages show is run: Python as one session a page, shell as targets that exist."""
 
 from __future__ import annotations
 
@@ -55,11 +55,7 @@ def test_make_targets_in_pages_exist() -> None:
 def test_readme_is_short_and_begins_with_the_two_commands() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 200
-    commands = [
-        line.split()[0:2]
-        for _, block in blocks(ROOT / "README.md", "bash")[:1]
-        for line in block.splitlines()
-    ]
+    commands = [line.split()[0:2] for _, block in blocks(ROOT / "README.md", "bash")[:1] for line in block.splitlines()]
     assert commands == [["make", "demo"], ["make", "test"]]
 
 

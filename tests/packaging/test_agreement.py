@@ -110,9 +110,7 @@ def test_workflow_runs_what_anyone_can_run(workflow: dict[str, Any]) -> None:
     for job in workflow["jobs"].values():
         for step in job["steps"]:
             if "uses" in step:
-                assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"]), (
-                    "an action is pinned by its commit"
-                )
+                assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"]), "an action is pinned by its commit"
             elif step["run"] != ".ci/run":
                 command, target = step["run"].split()
                 assert command == "make"
