@@ -17,10 +17,9 @@ import torch
 from gradkern.rollback._layout import ParameterInfo
 from gradkern.step_event import ParamStep
 
-__all__ = ["Balance", "Shadows", "balance", "conservation_bound"]
+__all__ = ["Balance", "Shadows", "balance"]
 
-# A step rounds the parameter twice, by at most half a unit in the last place of fp32: after decay and after
-# update.
+# A step rounds the parameter twice, by at most half a unit in the last place of fp32: after decay and after update.
 _ROUNDING_PER_STEP = 2 * 2.0**-24
 
 
@@ -99,6 +98,7 @@ class Balance:
     Attributes:
         error: ``‖D + decayed theta_0 - theta_T‖ / ‖theta_T - decayed theta_0‖`` over all owned parameters; 0
             when nothing moved and nothing was recorded, infinite when only one of the two.
+        bound: The largest error that fp32 arithmetic explains after so many steps: ``max(1e-5, 2e-8 * steps)``.
         worst_parameter: Name of the parameter that uses up most of its allowance.
         worst_ratio: Its error divided by its allowance: the bound times its movement, plus what rounding the
             parameter itself to fp32 at every step can add. Above 1, this parameter breaks the law.
@@ -106,14 +106,10 @@ class Balance:
     """
 
     error: float
+    bound: float
     worst_parameter: str
     worst_ratio: float
     unowned_share: float
-
-
-def conservation_bound(steps: int) -> float:
-    """The largest error that fp32 arithmetic explains after ``steps`` steps."""
-    return max(1e-5, 2e-8 * steps)
 
 
 def balance(
@@ -134,7 +130,7 @@ def balance(
         final: ``theta_T`` in the order of ``infos``.
         steps: Number of steps, for the bound.
     """
-    bound = conservation_bound(steps)
+    bound = max(1e-5, 2e-8 * steps)
     error_sq = owned_sq = unowned_sq = 0.0
     worst, worst_ratio = "", 0.0
     for info, decay, parameter in zip(infos, decays, final, strict=True):
@@ -155,6 +151,7 @@ def balance(
     total = owned_sq + unowned_sq
     return Balance(
         error=_ratio(math.sqrt(error_sq), math.sqrt(owned_sq)),
+        bound=bound,
         worst_parameter=worst,
         worst_ratio=worst_ratio,
         unowned_share=math.sqrt(unowned_sq / total) if total else 0.0,

@@ -106,8 +106,7 @@ class Intake:
             raise ValueError(
                 f"record: embedding {layer.name!r} got the ids 0..{samples - 1} in a batch of {samples} "
                 f"samples: one id per sample, or positions shared by all samples? If shared, pass "
-                f"shared_inputs={[layer.name]!r}; if one per sample, give the ids a second dimension (ids[:, "
-                f"None])"
+                f"shared_inputs={[layer.name]!r}; if one per sample, give the ids a second dimension (ids[:, None])"
             )
         return output
 
@@ -198,8 +197,7 @@ class Intake:
         raise LedgerError(
             f"record: embedding {layer.name!r} looked up ids of shape {tuple(ids.shape)} for {samples} "
             f"sample ids; expected the first dimension to be the {samples} samples. If these ids are shared "
-            f"by all samples (positions), pass shared_inputs={[layer.name]!r} and run forward inside "
-            f"recorder.batch"
+            f"by all samples (positions), pass shared_inputs={[layer.name]!r} and run forward inside recorder.batch"
         )
 
     def _require_ids(self, layer: OwnedLayer) -> Tensor:
@@ -207,8 +205,7 @@ class Intake:
             raise LedgerError(
                 f"record: a gradient reached layer {layer.name!r} outside 'with recorder.batch(ids)', so it "
                 f"belongs to no sample; call backward inside it, and close the recorder before other uses of "
-                f"the model's gradients. Clear the gradients (zero_grad) and call recorder.discard() before "
-                f"going on"
+                f"the model's gradients. Clear the gradients (zero_grad) and call recorder.discard() before going on"
             )
         return self._ids
 

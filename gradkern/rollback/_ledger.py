@@ -14,7 +14,7 @@ from torch import nn
 
 from gradkern.errors import LedgerError
 from gradkern.loss import Batch, LossFn, compute_loss
-from gradkern.rollback._conservation import Balance, balance, conservation_bound
+from gradkern.rollback._conservation import Balance, balance
 from gradkern.rollback._direct import direct_scores
 from gradkern.rollback._layout import digest_parameters
 from gradkern.rollback._segment import Segment
@@ -32,8 +32,7 @@ class Influence:
 
     Attributes:
         id: The sample's id, as given to ``recorder.batch``.
-        score: How much the query's loss would rise without the sample, in units of the loss; positive = it
-            helped.
+        score: How much the query's loss would rise without the sample, in units of the loss; positive = it helped.
     """
 
     id: int
@@ -110,8 +109,7 @@ class Ledger:
             query: A batch, see :func:`gradkern.loss.compute_loss`.
             k: Most samples to return.
             loss_fn: ``(output, target) -> scalar``; any scalar function of the output works.
-            estimator: ``"direct"``: what the sample's own recorded steps did, without how later steps
-                reacted.
+            estimator: ``"direct"``: what the sample's own recorded steps did, without how later steps reacted.
 
         Returns:
             At most ``k`` influences, the most helpful first.
@@ -162,8 +160,7 @@ class Ledger:
         if closing is None:
             raise LedgerError(
                 f"conservation cannot be checked: recording ended without close() after {self.steps} "
-                f"committed steps, so the sums were never written; explain() works, verify() needs a "
-                f"complete ledger"
+                f"committed steps, so the sums were never written; explain() works, verify() needs a complete ledger"
             )
         return balance(
             self._layout.parameters,
@@ -182,8 +179,7 @@ class Ledger:
                 cannot be checked and the report does not pass.
 
         Returns:
-            The report. Damaged files, an incomplete ledger and a broken law are failed checks, not
-            exceptions.
+            The report. Damaged files, an incomplete ledger and a broken law are failed checks, not exceptions.
 
         Raises:
             LedgerError: ``model`` is another model than the recorded one.
@@ -221,7 +217,7 @@ class Ledger:
         return Check("damaged files", not damaged, float(len(damaged)), 0.0, detail), torch.cat(fidelity)
 
     def _check_conservation(self, model: nn.Module) -> list[Check]:
-        found, bound = self.conservation(model), conservation_bound(self.steps)
+        found = self.conservation(model)
         unowned = [info.name for info in self._layout.parameters if not info.owned]
         residual = (
             f"; {found.unowned_share:.1%} of all movement is outside it, in unowned {', '.join(unowned)}"
@@ -231,9 +227,9 @@ class Ledger:
         return [
             Check(
                 "conservation",
-                found.error <= bound,
+                found.error <= found.bound,
                 found.error,
-                bound,
+                found.bound,
                 f"sum of all recorded changes against the real one after {self.steps} steps{residual}",
             ),
             Check(

@@ -73,11 +73,9 @@ def record(
             is kept exactly. Bytes per visit grow with it.
         steps_per_segment: Optimizer steps per file. A crash loses at most the steps since the last file;
             their records wait in memory.
-        unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as
-            BatchNorm's.
+        unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as BatchNorm's.
         shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
-            a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by
-            themselves.
+            a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.
 
     Raises:
         LedgerError: ``path`` exists, or the optimizer has already made steps.
@@ -254,8 +252,7 @@ class Recorder:
             elif id(update.param) in self._model_parameters:
                 raise LedgerError(
                     f"record: the optimizer stepped parameter {self._model_parameters[id(update.param)]!r}, "
-                    f"which it did not train when recording began; unfreeze and add parameters before "
-                    f"record()"
+                    f"which it did not train when recording began; unfreeze and add parameters before record()"
                 )
         return updates
 

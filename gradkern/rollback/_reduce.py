@@ -49,8 +49,7 @@ def low_rank_product(left: torch.Tensor, right: torch.Tensor, start: torch.Tenso
     Returns:
         ``(left, right)`` of shapes ``(B, r, K)`` and ``(B, r, D)`` whose ``leftᵀ @ right`` approximates the
         argument's. Exact, and the arguments themselves, when ``T <= rank``; otherwise ``right`` has
-        orthonormal rows and the result is the projection onto them, so it never holds more energy than the
-        original.
+        orthonormal rows and the result is the projection onto them, so it never holds more energy than the original.
 
     Numerics:
         Randomised range finder with one power iteration (Halko, Martinsson and Tropp, "Finding structure with
@@ -110,4 +109,5 @@ def _orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
 
 def _normalised(row: torch.Tensor) -> torch.Tensor:
     """Scale rows to length 1; rows of zeros stay zero."""
-    return row / torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(_TINY)
+    length: torch.Tensor = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+    return row / length.clamp_min(_TINY)

@@ -62,8 +62,7 @@ class Segment:
         scalars: Shape ``(steps, parameters, 5)``, fp64, in the order of :class:`StepScalars`; NaN where a
             step left a parameter alone.
         preconditioners: By parameter: tensors of shape ``(steps, ...)`` as
-            :func:`~gradkern.rollback._smoothing.smooth` makes them; zeros where a step left the parameter
-            alone.
+            :func:`~gradkern.rollback._smoothing.smooth` makes them; zeros where a step left the parameter alone.
         records: By stream.
         fidelity: Shape ``(n, 4)``, fp64: stream, ``‖G‖²``, ``⟨G, R⟩``, ``‖R‖²``.
     """

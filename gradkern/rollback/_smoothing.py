@@ -2,8 +2,7 @@
 
 Coordinates whose second moment happens to be tiny get huge steps that say nothing about the data; averaging
 the squared denominators over rows and columns (the estimate of Adafactor, Shazeer and Stern, 2018) removes
-them and raises the agreement of influence with retraining. Conservation is checked with the exact
-preconditioner.
+them and raises the agreement of influence with retraining. Conservation is checked with the exact preconditioner.
 """
 
 from __future__ import annotations

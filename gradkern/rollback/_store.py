@@ -2,8 +2,7 @@
 
 A file is written under a temporary name, synced, renamed, and its folder synced, before the catalog's
 transaction names it together with its checksum. Whatever the catalog names is therefore complete on disk, and
-whatever it does not name was never committed. Segments are read whole and checked before a single tensor is
-used.
+whatever it does not name was never committed. Segments are read whole and checked before a single tensor is used.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -110,8 +109,7 @@ class StoreWriter:
         self.steps = 0
         (path / _SEGMENT_FOLDER).mkdir()
         self._catalog = sqlite3.connect(path / _CATALOG, isolation_level=None, check_same_thread=False)
-        # EXTRA is FULL plus a sync of the folder when the journal goes: the commit itself survives power
-        # loss.
+        # EXTRA is FULL plus a sync of the folder when the journal goes: commits survive power loss.
         self._catalog.execute("PRAGMA synchronous = EXTRA")
         entry = self._write("initial.safetensors", "initial", initial, steps=0, visits=0)
         _sync_folder(path.parent)
@@ -159,21 +157,15 @@ class StoreWriter:
                 self._catalog.execute(statement)
             self._catalog.execute(
                 "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    entry.name,
-                    entry.role,
-                    entry.sha256,
-                    entry.bytes,
-                    entry.first_step,
-                    entry.end_step,
-                    entry.visits,
-                ),
+                astuple(entry),
             )
             self._catalog.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
+            self._catalog.execute("COMMIT")
         except sqlite3.Error:
-            self._catalog.execute("ROLLBACK")
+            # Some failures, such as a full disk, end the transaction by themselves.
+            if self._catalog.in_transaction:
+                self._catalog.execute("ROLLBACK")
             raise
-        self._catalog.execute("COMMIT")
 
 
 class StoreReader:
@@ -197,8 +189,7 @@ class StoreReader:
                 f"{str(path)!r} is no ledger: it has no {_CATALOG}; pass the folder that was given to record()"
             )
         try:
-            # Not mode=ro: after a kill the first reader must be allowed to roll back the unfinished
-            # transaction.
+            # Not mode=ro: after a kill the first reader must be allowed to roll back the unfinished transaction.
             with closing(sqlite3.connect(f"{catalog.resolve().as_uri()}?mode=rw", uri=True)) as connection:
                 self.facts: Mapping[str, str] = dict(connection.execute("SELECT key, value FROM meta"))
                 rows = connection.execute("SELECT * FROM files ORDER BY first_step, name").fetchall()

@@ -57,8 +57,7 @@ class VerifyReport:
 
     Attributes:
         checks: All checks.
-        compression: Per recorded stream; not part of the verdict, because the law is checked on exact
-            factors.
+        compression: Per recorded stream; not part of the verdict, because the law is checked on exact factors.
     """
 
     checks: tuple[Check, ...]
