@@ -33,7 +33,8 @@ def describe(path: str, member: object) -> Iterator[str]:
     for name, attribute in sorted(vars(member).items()):
         if name == "__init__":
             yield f"    {path}{inspect.signature(attribute)}"
-        elif name.startswith("_"):
+        elif name.startswith("_") or getattr(attribute, "hooked", False):
+            # Hooked: torch writes a wrapped ``step`` into an optimizer's class when the first instance is made.
             continue
         elif isinstance(attribute, property):
             yield f"    {path}.{name}"
