@@ -101,9 +101,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=Path("out"),
         help="for report, figures and ledger; replaces an earlier ledger there (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, order, sampling (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order, sampling (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=8, help="blocks of the model (default: %(default)s)")
     parser.add_argument("--width", type=int, default=192, help="embedding width (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="bytes in a row (default: %(default)s)")
@@ -160,8 +158,7 @@ def time_beside_torch(loop: Loop, steps: int) -> tuple[Timing, Timing]:
     batches = [rows for _, rows in loop.batches(steps)]
     params = list(loop.model.parameters())
     gradients = [
-        torch.autograd.grad(loop.model(input_ids=rows, labels=rows).loss / ACCUMULATE, params)
-        for rows in batches
+        torch.autograd.grad(loop.model(input_ids=rows, labels=rows).loss / ACCUMULATE, params) for rows in batches
     ]
     return (
         time_update_cycle(loop.model, gradients, max_norm=MAX_NORM, rounds=CYCLE_ROUNDS),

@@ -102,9 +102,7 @@ def print_ledger(console: Console, ledger: LedgerSummary) -> None:
 def print_prediction(console: Console, prediction: Prediction) -> None:
     """Print the prompt, its continuation and the snippets behind it."""
     prompt = prediction.prompt
-    console.print(
-        f"\nHeld-out prompt {prompt.path}:{prompt.first_line}, [{_CONTINUATION}]and what the model says[/]"
-    )
+    console.print(f"\nHeld-out prompt {prompt.path}:{prompt.first_line}, [{_CONTINUATION}]and what the model says[/]")
     console.print(Text(prompt.text).append(prediction.continuation, style=_CONTINUATION))
     table = _table("The training snippets with the highest influence on it", "file and line", "score")
     table.add_column("text, from its beginning")

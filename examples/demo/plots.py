@@ -40,9 +40,7 @@ _STYLE = {
 _SMOOTHING = 3
 
 
-def line_chart(
-    name: str, values: Sequence[float], *, color: str, y_label: str, limit: float | None = None
-) -> str:
+def line_chart(name: str, values: Sequence[float], *, color: str, y_label: str, limit: float | None = None) -> str:
     """Draw one value per optimizer step, pale, with its running mean over it.
 
     Args:

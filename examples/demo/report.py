@@ -90,10 +90,7 @@ def _memory_section(memory: Memory) -> str:
         _figure("memory-timeline", chart, "Live bytes while one optimizer step runs."),
         _table(
             ("", "bytes", "", "of natural"),
-            [
-                (label, f"{size:,}", mib(size), f"{size / memory.natural_peak_bytes:.1%}")
-                for label, size in rows
-            ],
+            [(label, f"{size:,}", mib(size), f"{size / memory.natural_peak_bytes:.1%}") for label, size in rows],
             numbers={1, 2, 3},
         ),
         f'<div class="units">{units}</div>',
@@ -102,9 +99,7 @@ def _memory_section(memory: Memory) -> str:
 
 def _training_section(training: Training, max_norm: float) -> str:
     loss = plots.line_chart("loss", training.losses, color=plots.BLUE, y_label="loss, nats per byte")
-    norm = plots.line_chart(
-        "norm", training.grad_norms, color=plots.ORANGE, y_label="gradient norm", limit=max_norm
-    )
+    norm = plots.line_chart("norm", training.grad_norms, color=plots.ORANGE, y_label="gradient norm", limit=max_norm)
     return _section(
         "training",
         "Training",
@@ -196,9 +191,7 @@ def _figure(identifier: str, svg: str, caption: str) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: set[int]) -> str:
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(
-            f'<{tag} class="number">{escape(cell)}</{tag}>'
-            if index in numbers
-            else f"<{tag}>{escape(cell)}</{tag}>"
+            f'<{tag} class="number">{escape(cell)}</{tag}>' if index in numbers else f"<{tag}>{escape(cell)}</{tag}>"
             for index, cell in enumerate(row)
         )
 

@@ -70,9 +70,7 @@ def time_update_cycle(
     )
 
 
-def time_whole_step(
-    model: torch.nn.Module, batches: Sequence[torch.Tensor], *, max_norm: float, rounds: int
-) -> Timing:
+def time_whole_step(model: torch.nn.Module, batches: Sequence[torch.Tensor], *, max_norm: float, rounds: int) -> Timing:
     """Time forward, backward and update over the micro-batches ``batches``, without plan and recording."""
     ours, theirs = _whole_steps(model, max_norm)
     ours_s, theirs_s = _interleave(ours, theirs, lambda: list(batches), rounds)

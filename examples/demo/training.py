@@ -180,9 +180,7 @@ def _twin(loop: Loop) -> Loop:
 
 
 def _measure(loop: Loop, step: int, recorder: gk.rollback.Recorder | None) -> gk.checkpoint.Peak[float]:
-    return gk.checkpoint.measure_peak(
-        lambda: loop.step(step, recorder), model=loop.model, optimizer=loop.optimizer
-    )
+    return gk.checkpoint.measure_peak(lambda: loop.step(step, recorder), model=loop.model, optimizer=loop.optimizer)
 
 
 def _progress(console: Console) -> Progress:

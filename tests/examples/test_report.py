@@ -19,12 +19,8 @@ def figures() -> Figures:
     timeline = tuple((0.001 * step, 10_000_000 + 1_000_000 * (step % 50)) for step in range(4000))
     return Figures(
         setup=Setup(HOSTILE, 1234567, HOSTILE, HOSTILE, HOSTILE),
-        memory=Memory(
-            80 << 20, 48 << 20, 47 << 20, 46 << 20, timeline, timeline[:10], ((HOSTILE, "keep", 5),)
-        ),
-        training=Training(
-            (5.0, 4.0, 3.0, 2.0, 1.0, 1.0), (2.0, 1.0, 0.5, 0.5, 0.5, 0.5), 3.0, 6144, 5.5, 1.5
-        ),
+        memory=Memory(80 << 20, 48 << 20, 47 << 20, 46 << 20, timeline, timeline[:10], ((HOSTILE, "keep", 5),)),
+        training=Training((5.0, 4.0, 3.0, 2.0, 1.0, 1.0), (2.0, 1.0, 0.5, 0.5, 0.5, 0.5), 3.0, 6144, 5.5, 1.5),
         update_cycle=Timing("cycle", 0.010, 0.015, 100, 200, 7),
         whole_step=Timing("step", 0.5, 0.55, None, None, 7),
         ledger=LedgerSummary(
