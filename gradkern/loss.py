@@ -63,16 +63,12 @@ def compute_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None = None) 
         inputs, target = batch
         output = model(inputs)
     else:
-        raise TypeError(
-            "batch must be a mapping, a pair (inputs, target) or a tensor, got " + type(batch).__name__
-        )
+        raise TypeError("batch must be a mapping, a pair (inputs, target) or a tensor, got " + type(batch).__name__)
     loss = _loss_of(output) if loss_fn is None else loss_fn(output, target)
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}; check what loss_fn returns")
     if loss.numel() != 1:
-        raise ValueError(
-            f"the loss must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. with .mean()"
-        )
+        raise ValueError(f"the loss must have one element, got shape {tuple(loss.shape)}; reduce it, e.g. with .mean()")
     return loss
 
 

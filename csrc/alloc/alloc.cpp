@@ -1,8 +1,9 @@
-// Counting CPU allocator: live bytes, peak, timeline and a cap for every CPU tensor made after it is installed.
+// Counting CPU allocator: live bytes, peak, timeline and a cap for every CPU tensor made after installation.
 //
 // Linked to libc10 alone and tied to torch's minor version, because c10::SetCPUAllocator is not in the stable
-// ABI. Plain C interface for ctypes; once installed it stays for the life of the process (blocks it handed out
-// carry its deleter). Not recording and not capped, it costs two relaxed atomic operations per allocation or free.
+// ABI. Plain C interface for ctypes; once installed it stays for the life of the process (blocks it handed
+// out carry its deleter). Not recording and not capped, it costs a few relaxed atomic operations per
+// allocation or free.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
@@ -49,9 +50,7 @@ size_t events_per_sample = 1;
 size_t events_in_last_sample = 0;
 std::chrono::steady_clock::time_point record_start;
 
-Header* header_of(void* data) {
-  return reinterpret_cast<Header*>(static_cast<char*>(data) - kHeaderBytes);
-}
+Header* header_of(void* data) { return reinterpret_cast<Header*>(static_cast<char*>(data) - kHeaderBytes); }
 
 // Halves the timeline by joining neighbours; each pair keeps its larger sample, so the peak is never lost.
 void halve_timeline() {

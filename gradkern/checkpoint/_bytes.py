@@ -35,9 +35,7 @@ def parse_bytes(size: int | str) -> int:
         (536870912, 2000000000)
     """
     if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise TypeError(
-            f"a size must be an int (bytes) or text such as '512 MiB', got {type(size).__name__} {size!r}"
-        )
+        raise TypeError(f"a size must be an int (bytes) or text such as '512 MiB', got {type(size).__name__} {size!r}")
     if isinstance(size, str):
         match = _SIZE.fullmatch(size)
         unit = match["unit"].lower() or "b" if match else ""

@@ -87,9 +87,7 @@ class AllocatorMeter:
     ) -> None:
         self.mark()
         self._allocator.stop_recording()
-        self.timeline = [
-            (seconds, nbytes - self._start_bytes) for seconds, nbytes in self._allocator.timeline()
-        ]
+        self.timeline = [(seconds, nbytes - self._start_bytes) for seconds, nbytes in self._allocator.timeline()]
 
     def mark(self) -> None:
         """Close the current interval and begin the next."""
@@ -110,9 +108,7 @@ class ProfilerMeter:
     _MARK = "gradkern.mark"
 
     def __init__(self) -> None:
-        self._profiler = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        )
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self._mark_times: list[float] = []
         self.marks: list[Mark] = []
         self.timeline: list[tuple[float, int]] = []

@@ -19,7 +19,8 @@ class OptimizerCost:
     """Bytes of an optimizer.
 
     Attributes:
-        missing_state_bytes: State that its next step will create and keep; 0 once it has stepped.
+        missing_state_bytes: State that its next step will create and keep. Caches that a deep copy does not
+            take along count even where the original has built them: never too little.
         step_bytes: Most bytes alive at once during a later step above those at its start.
     """
 

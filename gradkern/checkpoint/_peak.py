@@ -123,9 +123,7 @@ def enforce(
         require_cpu("enforce", tensors_of(root))
     allocator = load_allocator()
     if allocator.cap_bytes is not None:
-        raise RuntimeError(
-            "a budget is being enforced already; enforce cannot be nested: leave the outer one"
-        )
+        raise RuntimeError("a budget is being enforced already; enforce cannot be nested: leave the outer one")
     start_bytes = live_bytes(allocator, model, optimizer)
     if start_bytes > budget_bytes:
         raise BudgetExceededError(

@@ -166,8 +166,7 @@ class Plan:
             f"recomputed      {recomputed:>12} of {len(self.units)} units, about {share:.1f} % more time, "
             f"gap {100 * self.gap:.2f} %",
             "",
-            f"{'unit':<{width}}  {'option':<9}  {'kept':>12}  {'recomputed':>12}  {'forward':>9}  "
-            f"{'backward':>9}",
+            f"{'unit':<{width}}  {'option':<9}  {'kept':>12}  {'recomputed':>12}  {'forward':>9}  {'backward':>9}",
         ]
         lines += [
             f"{unit.name:<{width}}  {unit.option:<9}  {format_bytes(unit.saved_bytes):>12}  "

@@ -179,12 +179,8 @@ def _search(
         trial.warm_up()
         buffers = _mutated_buffers(names, aside.changed_buffers(model))
         kept, recomputed = trial.measure(names, {}), trial.measure(names, buffers)
-        optimizer_cost = (
-            OptimizerCost(0, 0) if optimizer is None else measure_optimizer(optimizer, kept.has_grad)
-        )
-        fixed_bytes = (
-            _fixed_bytes(aside, recorder, model, optimizer, batch) + optimizer_cost.missing_state_bytes
-        )
+        optimizer_cost = OptimizerCost(0, 0) if optimizer is None else measure_optimizer(optimizer, kept.has_grad)
+        fixed_bytes = _fixed_bytes(aside, recorder, model, optimizer, batch) + optimizer_cost.missing_state_bytes
         runs = _Runs(trial, names, buffers, fixed_bytes, optimizer_cost.step_bytes)
         runs.know(_KEEP, kept)
         runs.know(_RECOMPUTE, recomputed)
@@ -280,9 +276,7 @@ def _fit(options: list[list[Option]], budget_bytes: int, runs: _Runs) -> _Found:
     )
 
 
-def _options(
-    model: nn.Module, names: list[str], kept: CycleCost, recomputed: CycleCost
-) -> list[list[Option]]:
+def _options(model: nn.Module, names: list[str], kept: CycleCost, recomputed: CycleCost) -> list[list[Option]]:
     """Options of every span; stem and head have one, ``keep``.
 
     Times are noisy, and noise must not decide between equal units: units of one class that save the same
@@ -299,7 +293,7 @@ def _options(
     }
     options = []
     for index, (keep, again) in enumerate(zip(kept.spans, recomputed.spans, strict=True)):
-        if index in forward_s and not _draws_unseen_noise(unit_module(model, names[index - 1])):
+        if index in forward_s:
             options.append(
                 [
                     Option(keep.saved_bytes, keep.peak_bytes, 0.0),
@@ -310,11 +304,6 @@ def _options(
             saved_bytes = max(keep.saved_bytes, again.saved_bytes)
             options.append([Option(saved_bytes, max(keep.peak_bytes, again.peak_bytes), 0.0)])
     return options
-
-
-def _draws_unseen_noise(module: nn.Module) -> bool:
-    """Whether recomputing gives wrong gradients: RReLU's backward reads noise that recomputation redraws."""
-    return any(isinstance(part, nn.RReLU) for part in module.modules())
 
 
 def _mutated_buffers(names: list[str], changed: list[str]) -> dict[str, tuple[str, ...]]:

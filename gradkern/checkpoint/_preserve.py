@@ -27,13 +27,10 @@ class Preserved:
         self.torch_rng = torch.get_rng_state()
         self.training = {module: module.training for module in model.modules()}
         self.buffers = {
-            name: (buffer, buffer.detach().clone())
-            for name, buffer in model.named_buffers(remove_duplicate=False)
+            name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers(remove_duplicate=False)
         }
         self.grads = {
-            param: (param.grad, param.grad.detach().clone())
-            for param in model.parameters()
-            if param.grad is not None
+            param: (param.grad, param.grad.detach().clone()) for param in model.parameters() if param.grad is not None
         }
 
     def held_bytes(self, allocator: CountingAllocator) -> int:
@@ -84,9 +81,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     left, right = left.detach(), right.detach()
     if left.layout is not torch.strided or left.numel() == 0:
         return torch.equal(left, right)
-    return torch.equal(
-        left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8)
-    )
+    return torch.equal(left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8))
 
 
 def _restored(tensor: Tensor, copy: Tensor) -> Tensor:

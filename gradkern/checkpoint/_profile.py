@@ -87,8 +87,7 @@ class Trial:
         """Return those of ``names`` that one forward pass calls exactly once, in the order of their calls."""
         calls: list[str] = []
         handles = [
-            unit_module(self.model, name).register_forward_pre_hook(partial(_note_call, calls, name))
-            for name in names
+            unit_module(self.model, name).register_forward_pre_hook(partial(_note_call, calls, name)) for name in names
         ]
         try:
             loss = compute_loss(self.model, self.batch, self.loss_fn)
@@ -116,8 +115,7 @@ class Trial:
         """
         with _recomputing(self.model, recompute):
             self._drop_gradients()
-            # Collected by a timer, cyclic garbage would make the peak depend on what else the process does.
-            gc.collect()
+            # A collection in the middle would make the peak depend on what else the process does.
             was_enabled = gc.isenabled()
             gc.disable()
             try:
@@ -176,9 +174,7 @@ class _Boundaries:
             for index, name in enumerate(self._units, start=1):
                 module = unit_module(model, name)
                 self._handles.append(
-                    module.register_forward_pre_hook(
-                        partial(self._on_enter, index), prepend=True, with_kwargs=True
-                    )
+                    module.register_forward_pre_hook(partial(self._on_enter, index), prepend=True, with_kwargs=True)
                 )
                 if index == len(self._units):
                     self._handles.append(module.register_forward_hook(self._on_leave_last))
@@ -223,9 +219,7 @@ class _Boundaries:
         for interval, (mark, following) in zip(self._intervals, itertools.pairwise(marks), strict=True):
             prefix = starts[interval.micro_batch, interval.span] - starts[interval.micro_batch, 0]
             peaks[interval.span] = max(peaks[interval.span], following.peak_bytes - prefix)
-            seconds.setdefault((interval.span, interval.is_backward), []).append(
-                following.time_s - mark.time_s
-            )
+            seconds.setdefault((interval.span, interval.is_backward), []).append(following.time_s - mark.time_s)
         spans = tuple(
             Span(
                 saved[span],

@@ -45,6 +45,9 @@ class RecomputedForward:
     def __init__(self, module: nn.Module, mutated_buffers: tuple[str, ...]) -> None:
         self.module = module
         self.mutated_buffers = mutated_buffers
+        # RReLU fills the noise that its backward needs after autograd has saved it; a recomputation that stops
+        # at the last saved tensor would hand over noise not yet drawn.
+        self.early_stop = not any(isinstance(part, nn.RReLU) for part in module.modules())
         # Another tool may have put its own forward there; it stays inside ours.
         self.inner = vars(module).get("forward")
 
@@ -57,7 +60,11 @@ class RecomputedForward:
             return self._run(*args, **kwargs)
         _refuse_cache(args, kwargs)
         return checkpoint(
-            partial(self._run, **kwargs), *args, use_reentrant=False, context_fn=self._forward_and_recompute
+            partial(self._run, **kwargs),
+            *args,
+            use_reentrant=False,
+            context_fn=self._forward_and_recompute,
+            early_stop=self.early_stop,
         )
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,9 +80,7 @@ class RecomputedForward:
         return nullcontext(), _buffers_replaced(self.module, before)
 
 
-def apply_recompute(
-    model: nn.Module, mutated_buffers: Mapping[str, tuple[str, ...]], *, plan_id: str
-) -> None:
+def apply_recompute(model: nn.Module, mutated_buffers: Mapping[str, tuple[str, ...]], *, plan_id: str) -> None:
     """Make the named units recompute in backward.
 
     Args:

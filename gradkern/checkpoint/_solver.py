@@ -77,9 +77,14 @@ def least_capacity(units: Sequence[Sequence[Option]]) -> tuple[int, tuple[int, .
 
     Exact to the byte: for a given capacity it is best to keep the prefix as small as possible at every
     unit, so a greedy pass decides feasibility and bisection finds the capacity.
+
+    Raises:
+        ValueError: A unit has no option.
     """
+    if not all(units):
+        raise ValueError("every unit needs at least one option, got a unit without")
     low, high = 0, peak_of(units, [0] * len(units))
-    best = _smallest_prefixes(units, high)
+    best: tuple[int, ...] = (0,) * len(units)
     while low < high:
         middle = (low + high) // 2
         choices = _smallest_prefixes(units, middle)
@@ -87,14 +92,10 @@ def least_capacity(units: Sequence[Sequence[Option]]) -> tuple[int, tuple[int, .
             low = middle + 1
         else:
             high, best = middle, choices
-    if best is None:
-        raise ValueError("every unit needs at least one option, got a unit without")
     return high, best
 
 
-def solve(
-    units: Sequence[Sequence[Option]], capacity_bytes: int, *, slots: int = DEFAULT_SLOTS
-) -> Solution | None:
+def solve(units: Sequence[Sequence[Option]], capacity_bytes: int, *, slots: int = DEFAULT_SLOTS) -> Solution | None:
     """Choose one option a unit so that the peak fits and the added time is least.
 
     Args:
@@ -129,9 +130,7 @@ def _smallest_prefixes(units: Sequence[Sequence[Option]], capacity_bytes: int) -
     prefix = 0
     choices = []
     for options in units:
-        allowed = [
-            choice for choice, option in enumerate(options) if prefix + option.peak_bytes <= capacity_bytes
-        ]
+        allowed = [choice for choice, option in enumerate(options) if prefix + option.peak_bytes <= capacity_bytes]
         if not allowed:
             return None
         best = min(allowed, key=lambda choice: (options[choice].saved_bytes, options[choice].extra_s))
