@@ -160,44 +160,37 @@ def _run_table(
     cost: NDArray[np.float64] = np.full(width, np.inf)
     cost[origin] = 0.0
     chosen = np.full((len(units), width), -1, dtype=np.int16)
-    came_from = np.zeros((len(units), width), dtype=np.int32)
     for index, options in enumerate(units):
         reached: NDArray[np.float64] = np.full(width, np.inf)
         for choice, option in enumerate(options):
             highest = min(width - 1, origin + (capacity_bytes - option.peak_bytes) // step)
             if highest >= 0:
-                _relax(
-                    cost[: highest + 1] + option.extra_s,
-                    saved[index][choice],
-                    choice,
-                    reached,
-                    chosen[index],
-                    came_from[index],
-                )
+                source = cost[: highest + 1]
+                _relax(source, option.extra_s, saved[index][choice], choice, reached, chosen[index])
         cost = reached
     if not np.isfinite(cost).any():
         return None
     slot = int(np.argmin(cost))
     choices = []
     for index in reversed(range(len(units))):
-        choices.append(int(chosen[index, slot]))
-        slot = int(came_from[index, slot])
+        choice = int(chosen[index, slot])
+        choices.append(choice)
+        slot -= saved[index][choice]
     return tuple(reversed(choices))
 
 
 def _relax(
     source: NDArray[np.float64],
+    extra_s: float,
     shift: int,
     choice: int,
     reached: NDArray[np.float64],
     chosen: NDArray[np.int16],
-    came_from: NDArray[np.int32],
 ) -> None:
-    """Offer ``source[m]`` to slot ``m + shift`` for every m; slots outside the table are unreachable."""
+    """Offer ``source[m] + extra_s`` to slot ``m + shift`` for every m; slots outside are unreachable."""
     first = max(0, -shift)
-    span = source[first : reached.size - max(0, shift)]
-    start = first + shift
-    better = span < reached[start : start + span.size]
-    reached[start : start + span.size][better] = span[better]
-    chosen[start : start + span.size][better] = choice
-    came_from[start : start + span.size][better] = np.arange(first, first + span.size)[better]
+    offered = source[first : reached.size - max(0, shift)] + extra_s
+    span = slice(first + shift, first + shift + offered.size)
+    better = offered < reached[span]
+    np.copyto(reached[span], offered, where=better)
+    np.copyto(chosen[span], choice, where=better)
