@@ -1,7 +1,7 @@
 """gradkern: everything between ``loss.backward()`` and the next forward pass.
 
-Accumulate, clip, step and remember in as few passes over memory as physics allows, plus the plan that makes backward fit
-the memory there is.
+Accumulate, clip, step and remember in as few passes over memory as physics allows, plus the plan that makes
+backward fit the memory there is.
 """
 
 from __future__ import annotations

@@ -30,5 +30,7 @@ def cpu_isa() -> str | None:
     """
     wanted = os.environ.get("GRADKERN_CPU_ISA")
     if wanted is not None and wanted not in _ISAS:
-        raise ValueError(f"GRADKERN_CPU_ISA is {wanted!r}, expected one of {', '.join(_ISAS)}; unset it to choose automatically")
+        raise ValueError(
+            f"GRADKERN_CPU_ISA is {wanted!r}, expected one of {', '.join(_ISAS)}; unset it to choose automatically"
+        )
     return wanted

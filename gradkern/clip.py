@@ -57,7 +57,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> torch.Tensor:
-    """Scale gradients in place so that their total norm is at most ``max_norm``; like ``torch.nn.utils.clip_grad_norm_``.
+    """Scale gradients in place so that their total norm is at most ``max_norm``, as ``torch.nn.utils`` does.
 
     An optimizer of gradkern with ``max_norm=`` does the same without this pass over the gradients.
 

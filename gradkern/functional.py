@@ -37,7 +37,10 @@ def new_scalars(device: torch.device) -> torch.Tensor:
 
 
 def sumsq(
-    tensors: Sequence[torch.Tensor], partials: torch.Tensor | None = None, *, cache: AddressTable | None = None
+    tensors: Sequence[torch.Tensor],
+    partials: torch.Tensor | None = None,
+    *,
+    cache: AddressTable | None = None,
 ) -> torch.Tensor:
     """Sum of squares of every chunk of 4,096 elements.
 
@@ -57,7 +60,6 @@ def sumsq(
         return traced
     operands = Operands(SUMSQ.name, {"tensors": tensors}, cache)
     if partials is None:
-        operands.table()
         partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
     _registry.select(SUMSQ, partials.device)(operands, partials)
     return partials
@@ -76,8 +78,8 @@ def accumulate_(
     Args:
         main_grads: fp32, dense; mutated.
         grads: fp32, bf16 or fp16, one dtype, same shapes and strides.
-        partials: fp64, shape ``(chunks,)``; receives the sum of squares per chunk of the new ``main_grads`` from the same
-            pass over memory. None: no norm is taken.
+        partials: fp64, shape ``(chunks,)``; receives the sum of squares per chunk of the new ``main_grads`` from the
+            same pass over memory. None: no norm is taken.
         overwrite: Set instead of add; the old content is not read.
         cache: Table kept from the last call with the same operands.
 

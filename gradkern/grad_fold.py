@@ -2,8 +2,8 @@
 
 Autograd accumulates a parameter's gradient in its ``AccumulateGrad`` node. A pre-hook on that node sees the fresh
 gradient first; when it returns ``None`` in its place, the node leaves ``p.grad`` alone. So the hook adds the fresh
-gradient to ``p.grad`` itself, in one pass that also yields the sum of squares of the result. The hook does not run under
-``torch.autograd.grad``, and a backward that raises midway leaves nothing aside: ``p.grad`` is always what it shows.
+gradient to ``p.grad`` itself, in one pass that also yields the sum of squares of the result. The hook does not run
+under ``torch.autograd.grad``, and a backward that raises midway leaves nothing aside: ``p.grad`` is always what it shows.
 
 The first micro-batch after ``zero_grad`` is left to autograd, which hands its own tensor over without a copy; only
 low-precision parameters with an fp32 accumulator are folded from the first one on, overwriting.
@@ -11,6 +11,7 @@ low-precision parameters with an fp32 accumulator are folded from the first one 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -35,7 +36,17 @@ _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 class _Entry:
     """One parameter: its hook, and the partials of the gradient that the hook last left behind."""
 
-    __slots__ = ("__weakref__", "_cache", "_grad", "_handle", "_node", "_param", "_partials", "_version", "main_grad")
+    __slots__ = (
+        "__weakref__",
+        "_cache",
+        "_grad",
+        "_handle",
+        "_main_grad",
+        "_node",
+        "_param",
+        "_partials",
+        "_version",
+    )
 
     def __init__(self, param: torch.Tensor) -> None:
         self._param = weakref.ref(param)
@@ -45,21 +56,21 @@ class _Entry:
         self._partials = functional.new_partials([param])
         self._grad: weakref.ref[torch.Tensor] | None = None
         self._version = -1
-        self.main_grad: torch.Tensor | None = None
+        self._main_grad: torch.Tensor | None = None
 
     def fold(self, grad: torch.Tensor | None) -> tuple[None] | None:
         param = self._param()
         if param is None or grad is None or torch.is_grad_enabled() or grad.dtype not in DTYPE_CODES:
             return None
-        target = param.grad
-        overwrite = target is None
-        if overwrite:
-            if param.dtype == torch.float32 or grad.layout != torch.strided:
+        shown = param.grad
+        overwrite = shown is None
+        if shown is None:
+            if param.dtype == torch.float32:
                 return None
             target = self._fresh_main_grad(param)
-        elif target.dtype != torch.float32:
-            return None
-        if not _same_layout(target, grad):
+        else:
+            target = shown
+        if target.dtype != torch.float32 or not _same_layout(target, grad):
             return None
         functional.accumulate_([target], [grad], self._partials, overwrite=overwrite, cache=self._cache)
         if overwrite:
@@ -81,10 +92,16 @@ class _Entry:
             _OWNERS.pop(param, None)
 
     def _fresh_main_grad(self, param: torch.Tensor) -> torch.Tensor:
-        # Reused only while nobody else can see it: one reference here, one for the local name.
-        if self.main_grad is None or self.main_grad._use_count() > 1:
-            self.main_grad = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
-        return self.main_grad
+        if self._main_grad is None or self._held_elsewhere(self._main_grad):
+            self._main_grad = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+        return self._main_grad
+
+    def _held_elsewhere(self, tensor: torch.Tensor) -> bool:
+        """Whether a user still sees the buffer: by name, through a graph, or through a view, detach() or numpy()."""
+        names = sys.getrefcount(tensor) - 3  # the slot, this argument, getrefcount's own
+        # One for the tensor, one for the Python object asked here; views, detach() and numpy() add to it.
+        storages = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+        return names > 0 or storages > 2 or tensor._use_count() > 1  # type: ignore[attr-defined]
 
 
 def _hook(entry_ref: weakref.ref[_Entry]) -> Callable[[tuple[torch.Tensor, ...]], tuple[None] | None]:

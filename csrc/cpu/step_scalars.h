@@ -17,13 +17,14 @@ enum StepScalar : int64_t {
   kStepScalars = 4,
 };
 
-// An exact sum of non-negative doubles that are multiples of 2^-320 and below 2^320, kept as 32-bit limbs in 64-bit
-// words: integer addition, so the result does not depend on order. A Kulisch accumulator cut to the range that sums
-// of squares of fp32 values have.
+// An exact sum of non-negative doubles between 2^-300 and 2^308, kept as 32-bit limbs in 64-bit words: integer addition,
+// so the result does not depend on order. A Kulisch accumulator cut to the range that sums of squares of fp32 values
+// have; what is larger counts as infinite, what is smaller as zero.
 class ExactSum {
  public:
   static constexpr int64_t kLimbs = 22;
-  static constexpr int64_t kBias = 320;
+  static constexpr int64_t kBias = 352;  // position of 2^0; the lowest bit of 2^-300 stands at 0
+  static constexpr int64_t kLargest = 32 * (kLimbs - 3) - 1;
 
   void add(double x) {
     uint64_t bits;
@@ -33,11 +34,15 @@ class ExactSum {
       (std::isnan(x) ? nan_ : inf_) = true;
       return;
     }
-    if (exponent == 0) {
-      return;  // zero: squares of fp32 values are zero or at least 2^-298
-    }
     const uint64_t mantissa = (bits & 0xFFFFFFFFFFFFFull) | (1ull << 52);
     const int64_t position = exponent - 1075 + kBias;
+    if (position < 0) {
+      return;
+    }
+    if (position > kLargest) {
+      inf_ = true;
+      return;
+    }
     const int64_t limb = position >> 5;
     const int64_t shift = position & 31;
     const uint64_t low = (mantissa & kMask) << shift;
@@ -53,7 +58,7 @@ class ExactSum {
       return nan_ ? __builtin_nan("") : __builtin_inf();
     }
     double sum = 0.0;
-    double weight = 0x1p-320;
+    double weight = 0x1p-352;
     uint64_t carry = 0;
     for (int64_t k = 0; k < kLimbs; ++k) {
       const uint64_t word = limbs_[k] + carry;

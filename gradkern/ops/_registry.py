@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -33,7 +33,7 @@ def register(spec: OpSpec) -> OpSpec:
     return spec
 
 
-@lru_cache(maxsize=None)
+@cache
 def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -65,7 +65,7 @@ def _load_triton(spec: OpSpec) -> Backend:
     return backend
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resolve(spec: OpSpec, device_type: str, forced: str | None) -> Backend:
     device = torch.device(device_type)
     if forced is not None:

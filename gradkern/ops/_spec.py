@@ -6,9 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Backend", "OpSpec"]
+__all__ = ["Backend", "OpSpec", "Sample"]
 
 Backend = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Arguments of one call of the traceable op, for tests and benchmarks.
+
+    Attributes:
+        name: What is special about it.
+        args: Positional arguments; tensors and lists of tensors are copied before the call.
+        kwargs: Keyword arguments.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

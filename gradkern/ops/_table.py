@@ -158,30 +158,31 @@ class AddressTable:
 
 
 class Operands:
-    """The tensors of one call, by operand name, with the table that kernels read.
+    """The tensors of one call, by operand name, checked, with the table that kernels read.
 
     Args:
         op: Name of the op, for messages.
         columns: Operand name to its tensors.
         cache: Table kept from the last call with the same operands; a fresh one when None.
+
+    Attributes:
+        table: int64, CPU, up to date.
+
+    Raises:
+        ValueError: As :meth:`AddressTable.refresh`, before anything is written.
+        TypeError: As :meth:`AddressTable.refresh`.
     """
 
-    __slots__ = ("_table", "cache", "columns", "op")
+    __slots__ = ("cache", "columns", "op", "table")
 
     def __init__(self, op: str, columns: Mapping[str, Column], cache: AddressTable | None = None) -> None:
         self.op = op
         self.columns = columns
         self.cache = AddressTable() if cache is None else cache
-        self._table: torch.Tensor | None = None
+        self.table = self.cache.refresh(op, columns)
 
     def __getitem__(self, name: str) -> Sequence[torch.Tensor]:
         return self.columns[name] or ()
-
-    def table(self) -> torch.Tensor:
-        """The table on the CPU, brought up to date once per call of an op."""
-        if self._table is None:
-            self._table = self.cache.refresh(self.op, self.columns)
-        return self._table
 
     def device(self) -> torch.device:
         """Device of the first tensor; the CPU for empty lists."""

@@ -63,6 +63,8 @@ class FusedStepMixin(torch.optim.Optimizer):
     """Replaces ``step`` of a ``torch.optim`` class; subclasses say what their state is and which op updates it."""
 
     max_norm: float | None
+    # torch.amp.GradScaler then hands its scale and its verdict over instead of reading them on the host.
+    _step_supports_amp_scaling = True
 
     def _start(self, max_norm: float | None) -> None:
         """Finish construction: after torch's ``__init__`` and after unpickling."""
@@ -74,6 +76,7 @@ class FusedStepMixin(torch.optim.Optimizer):
         self.max_norm = max_norm
         self._plans: list[_GroupPlan] = []
         self._scalars: torch.Tensor | None = None
+        self._found_inf: torch.Tensor | None = None
         self._event_hooks: OrderedDict[int, Callable[[StepEvent], None]] = OrderedDict()
         self._fold = GradFold(self._foldable(), type(self).__name__)
 
@@ -148,7 +151,7 @@ class FusedStepMixin(torch.optim.Optimizer):
         return saved
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clip by the global norm and update, in one pass over memory.
 
         Args:
@@ -280,10 +283,15 @@ class FusedStepMixin(torch.optim.Optimizer):
         device = buckets[0].params[0].device
         if self._scalars is None or self._scalars.device != device:
             self._scalars = functional.new_scalars(device)
+        # Set by torch.amp.GradScaler for the time of this step. A verdict without a scale means that it has unscaled the
+        # gradients already, by an operation that bumps no version: what was folded in backward is then out of date.
+        grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
+        self._found_inf = getattr(self, "found_inf", None)
+        trusted = self._found_inf is None or grad_scale is not None
         partials: list[torch.Tensor] = []
         if self.max_norm is not None:
             for bucket in buckets:
-                partials.extend(self._partials(bucket))
+                partials.extend(self._partials(bucket, trusted))
         steps: list[torch.Tensor] = []
         for plan in self._plans:
             counted = [bucket for bucket in plan.buckets if bucket.kernel]
@@ -291,17 +299,19 @@ class FusedStepMixin(torch.optim.Optimizer):
                 steps.append(plan.step_buffer)
             else:
                 steps.extend(state["step"] for bucket in counted for state in bucket.states)
-        functional.step_scalars_(self._scalars, steps, partials, max_norm=self.max_norm)
+        functional.step_scalars_(
+            self._scalars, steps, partials, max_norm=self.max_norm, grad_scale=grad_scale, found_inf=self._found_inf
+        )
         return self._scalars
 
-    def _partials(self, bucket: Bucket) -> list[torch.Tensor]:
+    def _partials(self, bucket: Bucket, trusted: bool) -> list[torch.Tensor]:
         """Sums of squares of a bucket's gradients: those folded in backward, and one pass over the rest."""
         if not bucket.kernel:
             norms = torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).double() for g in bucket.grads])
             return [norms.square()]
         folded, rest = [], []
         for param, grad in zip(bucket.params, bucket.grads, strict=True):
-            partials = self._fold.partials(param, grad)
+            partials = self._fold.partials(param, grad) if trusted else None
             if partials is None:
                 rest.append(grad)
             else:
@@ -311,11 +321,10 @@ class FusedStepMixin(torch.optim.Optimizer):
         return folded
 
     def _update_with_torch(self, bucket: Bucket, scalars: torch.Tensor) -> None:
-        grads = bucket.grads
-        if self.max_norm is not None:
-            multiplier = scalars[scalar_layout.GRAD_MULTIPLIER]
-            grads = [g * multiplier.to(g.dtype) for g in grads]
-        self._torch_update(bucket, grads)
+        if self._found_inf is not None and bool(self._found_inf):
+            return
+        multiplier = scalars[scalar_layout.GRAD_MULTIPLIER]
+        self._torch_update(bucket, [g * multiplier.to(g.dtype) for g in bucket.grads])
 
     def _report(self, buckets: Sequence[Bucket], scalars: torch.Tensor) -> None:
         multiplier = scalars[scalar_layout.GRAD_MULTIPLIER].float()
@@ -324,7 +333,7 @@ class FusedStepMixin(torch.optim.Optimizer):
             for bucket in buckets
             for param, state in zip(bucket.params, bucket.states, strict=True)
         )
-        event = StepEvent(params)
+        event = StepEvent(params, None if self._found_inf is None else self._found_inf != 0)
         for hook in list(self._event_hooks.values()):
             hook(event)
 
@@ -340,4 +349,3 @@ def _kernel_can_run(param: torch.Tensor, grad: torch.Tensor, states: Sequence[to
         and is_dense(param)
         and all(t.shape == param.shape and t.stride() == param.stride() for t in tensors)
     )
-

@@ -156,7 +156,8 @@ class AdamW(FusedStepMixin, torch.optim.AdamW):
         second_moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
 
         def preconditioner() -> torch.Tensor:
-            return s.step_size / (second_moment.float().sqrt() * s.inv_bias2_sqrt + s.eps)
+            denom: torch.Tensor = second_moment.float().sqrt() * s.inv_bias2_sqrt + s.eps
+            return denom.reciprocal() * s.step_size
 
         return ParamStep(
             param=param,

@@ -15,7 +15,12 @@ __all__ = ["ROW_ELEMENTS", "TARGETS", "Variant", "compile_ahead", "fold_warps", 
 ROW_ELEMENTS = 512
 """Elements of a chunk that one load of a folding kernel takes: one row of each of its 8 groups."""
 
-TARGETS = (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64))
+TARGETS = (
+    GPUTarget("cuda", 80, 32),
+    GPUTarget("cuda", 90, 32),
+    GPUTarget("cuda", 100, 32),
+    GPUTarget("hip", "gfx942", 64),
+)
 """GPUs that every kernel is compiled for in the tests."""
 
 

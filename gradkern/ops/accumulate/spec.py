@@ -13,19 +13,26 @@ __all__ = ["SPEC"]
 
 
 def _native(operands: Operands, partials: torch.Tensor | None, *, overwrite: bool) -> None:
-    table = operands.table()
-    torch.ops.gradkern._accumulate_table_(table, operands.cache.dtype_code("grads"), partials, overwrite)
+    torch.ops.gradkern._accumulate_table_(operands.table, operands.cache.dtype_code("grads"), partials, overwrite)
 
 
 def _traceable(
-    main_grads: list[torch.Tensor], grads: list[torch.Tensor], partials: torch.Tensor | None, *, overwrite: bool
+    main_grads: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    partials: torch.Tensor | None,
+    *,
+    overwrite: bool,
 ) -> None:
     operands = Operands(SPEC.name, {"main_grads": main_grads, "grads": grads})
     _registry.select(SPEC, operands.device())(operands, partials, overwrite=overwrite)
 
 
 def _fake(
-    main_grads: list[torch.Tensor], grads: list[torch.Tensor], partials: torch.Tensor | None, *, overwrite: bool
+    main_grads: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    partials: torch.Tensor | None,
+    *,
+    overwrite: bool,
 ) -> None:
     torch._check(len(main_grads) == len(grads), lambda: "accumulate_: lists of unequal length")
 

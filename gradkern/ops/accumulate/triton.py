@@ -26,7 +26,13 @@ __all__ = ["VARIANTS", "accumulate_"]
 
 @triton.jit
 def _accumulate_row(
-    main_ptr, grad_ptr, row: tl.constexpr, size, DTYPE: tl.constexpr, OVERWRITE: tl.constexpr, MASKED: tl.constexpr
+    main_ptr,
+    grad_ptr,
+    row: tl.constexpr,
+    size,
+    DTYPE: tl.constexpr,
+    OVERWRITE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Fold one row of every group; returns the squares of the result."""
     offsets = row_offsets(row)
@@ -76,7 +82,6 @@ def _accumulate_kernel(
 
 def accumulate_(operands: Operands, partials: torch.Tensor | None, *, overwrite: bool) -> None:
     """Launch one program per chunk; same contract as the reference."""
-    operands.table()
     cache = operands.cache
     if cache.chunks == 0:
         return

@@ -25,10 +25,9 @@ def _native(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    table = operands.table()
     code = operands.cache.dtype_code
     torch.ops.gradkern._adamw_step_table_(
-        table,
+        operands.table,
         scalars,
         code("params"),
         code("grads"),
@@ -58,9 +57,7 @@ def _traceable(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    columns = dict(
-        zip(COLUMNS, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or None, steps), strict=True)
-    )
+    columns = dict(zip(COLUMNS, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or None, steps), strict=True))
     operands = Operands(SPEC.name, columns)
     _registry.select(SPEC, operands.device())(
         operands,

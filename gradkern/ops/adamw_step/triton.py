@@ -107,7 +107,6 @@ def adamw_step_(
     maximize: bool,
 ) -> None:
     """Launch one program per chunk; same contract as the reference."""
-    operands.table()
     cache = operands.cache
     if cache.chunks == 0:
         return
@@ -140,5 +139,11 @@ VARIANTS = [
         item_bytes=0,
         hot_bytes=4096 * (2 * _BYTES[param] + _BYTES[grad] + (6 if amsgrad else 4) * _BYTES[state]),
     )
-    for param, grad, state, amsgrad in ((0, 0, 0, False), (0, 0, 0, True), (1, 0, 0, False), (1, 1, 1, False), (2, 2, 2, True))
+    for param, grad, state, amsgrad in (
+        (0, 0, 0, False),
+        (0, 0, 0, True),
+        (1, 0, 0, False),
+        (1, 1, 1, False),
+        (2, 2, 2, True),
+    )
 ]

@@ -12,39 +12,58 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["CLIP_COEF", "GRAD_MULTIPLIER", "NORM", "SIZE", "SKIP", "exact_sum", "power", "round_fp32", "step_scalars_"]
+__all__ = [
+    "CLIP_COEF",
+    "GRAD_MULTIPLIER",
+    "NORM",
+    "SIZE",
+    "SKIP",
+    "exact_sum",
+    "power",
+    "round_fp32",
+    "step_scalars_",
+]
 
 NORM, GRAD_MULTIPLIER, SKIP, CLIP_COEF = range(4)
 SIZE = 4
 LIMBS = 22
-BIAS = 320
+BIAS = 352
+_LARGEST = 32 * (LIMBS - 3) - 1
 _MASK = 0xFFFFFFFF
 
 
 def exact_sum(blocks: Sequence[torch.Tensor]) -> float:
-    """Sum non-negative fp64 values that are multiples of ``2^-320`` and below ``2^320``, without rounding on the way.
+    """Sum non-negative fp64 values between ``2^-300`` and ``2^308`` without rounding on the way.
+
+    Larger values count as infinite, smaller ones as zero; sums of squares of fp32 values are neither.
 
     Returns:
         The sum, rounded while its limbs are added from the lowest to the highest; NaN or inf if any value is.
     """
     limbs = [0] * LIMBS
+    infinite = False
     for block in blocks:
         values = block.detach().reshape(-1).cpu()
-        if not bool(torch.isfinite(values).all()):
-            return math.nan if bool(values.isnan().any()) else math.inf
+        if bool(values.isnan().any()):
+            return math.nan
         bits = values.view(torch.int64)
-        exponent = (bits >> 52) & 0x7FF
-        nonzero = exponent > 0
-        mantissa = torch.where(nonzero, (bits & 0xFFFFFFFFFFFFF) | (1 << 52), 0)
-        position = torch.where(nonzero, exponent - 1075 + BIAS, 0)
+        position = ((bits >> 52) & 0x7FF) - 1075 + BIAS
+        if bool((position > _LARGEST).any()):
+            infinite = True
+            continue
+        counted = position >= 0
+        mantissa = torch.where(counted, (bits & 0xFFFFFFFFFFFFF) | (1 << 52), 0)
+        position = torch.where(counted, position, 0)
         limb, shift = position >> 5, position & 31
         low = (mantissa & _MASK) << shift
         high = (mantissa >> 32) << shift
-        sums = torch.zeros(LIMBS + 2, dtype=torch.int64)
+        sums = torch.zeros(LIMBS, dtype=torch.int64)
         sums.index_add_(0, limb, low & _MASK)
         sums.index_add_(0, limb + 1, (low >> 32) + (high & _MASK))
         sums.index_add_(0, limb + 2, high >> 32)
-        limbs = [limb + int(extra) for limb, extra in zip(limbs, sums.tolist(), strict=False)]
+        limbs = [limb + int(extra) for limb, extra in zip(limbs, sums.tolist(), strict=True)]
+    if infinite:
+        return math.inf
     total, carry, weight = 0.0, 0, 2.0**-BIAS
     for limb_value in limbs:
         word = limb_value + carry
@@ -93,7 +112,9 @@ def step_scalars_(
         clip = max_norm / (norm + 1e-6)
         clip = 1.0 if clip > 1.0 else clip  # NaN stays
     scalars[:SIZE] = torch.tensor(
-        [norm, round_fp32(clip / scale), 1.0 if skip else 0.0, clip], dtype=torch.float64, device=scalars.device
+        [norm, round_fp32(clip / scale), 1.0 if skip else 0.0, clip],
+        dtype=torch.float64,
+        device=scalars.device,
     )
     if not skip:
         for block in steps:

@@ -14,7 +14,7 @@ __all__ = ["VARIANTS", "step_scalars_"]
 
 _LIMBS = tl.constexpr(22)
 _WORDS = tl.constexpr(32)  # limbs padded to a power of two
-_BLOCK = tl.constexpr(128)
+_BLOCK = tl.constexpr(64)
 
 
 @triton.jit
@@ -41,12 +41,13 @@ def _step_scalars_kernel(
             bits = tl.load(values_ptr + offsets, mask=offsets < size, other=0)
             exponent = (bits >> 52) & 0x7FF
             fraction = bits & 0xFFFFFFFFFFFFF
-            special = exponent == 0x7FF
-            nans += tl.sum((special & (fraction != 0)).to(tl.int64))
-            infs += tl.sum((special & (fraction == 0)).to(tl.int64))
-            counted = (exponent > 0) & (exponent < 0x7FF)
+            position = exponent - 723  # 1075 - 352: the lowest bit of 2^-300 stands at 0
+            nan = (exponent == 0x7FF) & (fraction != 0)
+            nans += tl.sum(nan.to(tl.int64))
+            infs += tl.sum((position > 607).to(tl.int64))  # 607: the largest that three of 22 limbs hold
+            counted = (position >= 0) & (position <= 607)
             mantissa = tl.where(counted, fraction | 0x10000000000000, 0)
-            position = tl.where(counted, exponent - 755, 0)  # 755 = 1075 - 320: bits above 2^-320
+            position = tl.where(counted, position, 0)
             limb = (position >> 5)[:, None]
             shift = position & 31
             low = (mantissa & 0xFFFFFFFF) << shift
@@ -59,7 +60,7 @@ def _step_scalars_kernel(
             spread += tl.where(limb + 2 == words[None, :], third, 0)
             limbs += tl.sum(spread, axis=0)
     total = tl.load(hyper_ptr) * 0.0  # an fp64 zero
-    weight = tl.load(hyper_ptr + 1)  # 2^-320
+    weight = tl.load(hyper_ptr + 1)  # 2^-352
     carry = tl.zeros([], tl.int64)
     for k in range(_LIMBS):
         word = tl.sum(tl.where(words == k, limbs, 0)) + carry
@@ -107,7 +108,7 @@ def step_scalars_(
     rows = [(block.data_ptr(), block.numel()) for block in (*partials, *steps)]
     blocks = torch.tensor(rows or [(0, 0)], dtype=torch.int64)
     # Constants travel as fp64 because Triton narrows Python floats to fp32.
-    hyper = torch.tensor([0.0, 2.0**-320, 1.0, max_norm, 1e-6], dtype=torch.float64)
+    hyper = torch.tensor([0.0, 2.0**-352, 1.0, max_norm, 1e-6], dtype=torch.float64)
     if scalars.device.type != "cpu":
         blocks = blocks.pin_memory().to(scalars.device, non_blocking=True)
         hyper = hyper.pin_memory().to(scalars.device, non_blocking=True)

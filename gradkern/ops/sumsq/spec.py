@@ -14,8 +14,7 @@ __all__ = ["SPEC"]
 
 
 def _native(operands: Operands, partials: torch.Tensor) -> None:
-    table = operands.table()
-    torch.ops.gradkern._sumsq_table_(table, operands.cache.dtype_code("tensors"), partials)
+    torch.ops.gradkern._sumsq_table_(operands.table, operands.cache.dtype_code("tensors"), partials)
 
 
 def _total_chunks(tensors: list[torch.Tensor]) -> int:

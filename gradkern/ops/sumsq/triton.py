@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 
 from gradkern.ops._table import Operands
-from gradkern.ops._triton.kernels import CHUNK, find_row, fold_sums, load_f32, row_offsets, square, store_first, typed_pointer
+from gradkern.ops._triton.kernels import (
+    CHUNK,
+    find_row,
+    fold_sums,
+    load_f32,
+    row_offsets,
+    square,
+    store_first,
+    typed_pointer,
+)
 from gradkern.ops._triton.launch import Variant, fold_warps, warp_size
 
 __all__ = ["VARIANTS", "sumsq"]
@@ -44,7 +53,6 @@ def _sumsq_kernel(table_ptr, partials_ptr, rows, DTYPE: tl.constexpr, ALIGNED: t
 
 def sumsq(operands: Operands, partials: torch.Tensor) -> None:
     """Launch one program per chunk; same contract as the reference."""
-    operands.table()
     cache = operands.cache
     if cache.chunks == 0:
         return

@@ -1,0 +1,97 @@
+"""What torch is told about the ops: schemas, fakes, version counters, tracing, the choice of backend, bad lists."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gradkern as gk
+from gradkern import functional
+from gradkern.ops import _registry
+from gradkern.testing import all_samples, same_bits
+
+FIRST = {}
+for _spec, _sample in all_samples():
+    FIRST.setdefault(_spec.name, (_spec, _sample))
+
+
+@pytest.mark.parametrize("name", sorted(FIRST))
+def test_opcheck(name):
+    spec, sample = FIRST[name]
+    op = getattr(torch.ops.gradkern, spec.name).default
+    torch.library.opcheck(op, sample.args, sample.kwargs)
+
+
+def test_accumulate_bumps_the_version_that_autograd_checks():
+    x = torch.ones(4, requires_grad=True)
+    y = x * 2
+    z = y * y  # saves y
+    with torch.no_grad():
+        functional.accumulate_([y.detach()], [torch.ones(4)])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_traces_without_a_graph_break():
+    def update(main_grad, grad):
+        functional.accumulate_([main_grad], [grad])
+        return functional.sumsq([main_grad])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+    a, b = torch.ones(5000), torch.ones(5000)
+    grad = torch.arange(5000.0)
+    assert same_bits(compiled(a, grad), update(b, grad))
+    assert same_bits(a, b)
+
+
+def test_forced_backend_that_cannot_run_says_why():
+    with gk.use_backend("triton"), pytest.raises(gk.BackendUnavailableError, match="interpreter"):
+        functional.sumsq([torch.ones(3)])
+
+
+def test_unknown_backend():
+    with (
+        pytest.raises(ValueError, match="got 'cuda', expected one of reference, native, triton"),
+        gk.use_backend("cuda"),
+    ):
+        pass
+
+
+def test_forcing_ends_with_the_block():
+    with gk.use_backend("reference"):
+        inside = _registry.select(_registry.SPECS["sumsq"], torch.device("cpu"))
+    assert inside is _registry.SPECS["sumsq"].reference
+    with pytest.raises(KeyError), gk.use_backend("reference"):
+        raise KeyError
+    assert _registry._FORCED.get() is None
+
+
+@pytest.mark.parametrize(
+    ("main_grads", "grads", "message"),
+    [
+        ([torch.zeros(3)], [torch.zeros(4)], r"grads\[0\] has shape \(4,\)"),
+        ([torch.zeros(3)], [], "grads has 0 tensors, expected 1"),
+        ([torch.zeros(4, 4)[:, :2]], [torch.zeros(4, 2)], "gaps or overlaps"),
+        (
+            [torch.zeros(3), torch.zeros(2)],
+            [torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)],
+            r"grads\[1\] is torch.bfloat16",
+        ),
+    ],
+)
+def test_bad_lists_are_refused_before_anything_is_written(main_grads, grads, message):
+    before = [m.clone() for m in main_grads]
+    with gk.use_backend("native"), pytest.raises(ValueError, match=message):
+        functional.accumulate_(main_grads, grads)
+    assert all(map(torch.equal, main_grads, before))
+
+
+def test_unsupported_dtype_names_the_way_out():
+    with gk.use_backend("native"), pytest.raises(TypeError, match=r"dtype torch\.int32"):
+        functional.sumsq([torch.ones(3, dtype=torch.int32)])
+
+
+def test_meta_and_cpu_mixed_devices_are_refused():
+    with pytest.raises(ValueError, match=r"on meta, expected torch\.float32 on cpu"):
+        functional.sumsq([torch.ones(3), torch.ones(3, device="meta")])
