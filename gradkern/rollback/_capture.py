@@ -24,7 +24,13 @@ __all__ = ["Sink", "captured"]
 
 
 class Sink(Protocol):
-    """Receives what backward saw. Tensors are lent: a sink must not keep or change them."""
+    """Receives what backward saw. Tensors are lent: a sink must not keep or change them.
+
+    Attributes:
+        paused: While True, layers run as if they were not captured.
+    """
+
+    paused: bool
 
     def expand_shared(self, layer: OwnedLayer, output: Tensor, ids: Tensor) -> Tensor:
         """Give an embedding's output one row per sample if its ids are shared by all samples."""
@@ -65,7 +71,7 @@ def captured(layers: Sequence[OwnedLayer], sink: Sink) -> Iterator[None]:
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         layer = by_module.get(module)
-        if layer is None or not torch.is_grad_enabled():
+        if layer is None or sink.paused or not torch.is_grad_enabled():
             return type(module).forward(module, *args, **kwargs)
         return _FORWARDS[layer.kind](layer, sink, *args, **kwargs)
 

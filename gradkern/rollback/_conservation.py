@@ -21,6 +21,8 @@ __all__ = ["Balance", "Shadows", "balance"]
 
 # A step rounds the parameter twice, by at most half a unit in the last place of fp32: after decay and after update.
 _ROUNDING_PER_STEP = 2 * 2.0**-24
+# Over one small parameter errors do not average out: its gradient may nearly cancel, and Adam enlarges what is left.
+_PARAMETER_SLACK = 10.0
 
 
 class Shadows:
@@ -100,7 +102,7 @@ class Balance:
             when nothing moved and nothing was recorded, infinite when only one of the two.
         bound: The largest error that fp32 arithmetic explains after so many steps: ``max(1e-5, 2e-8 * steps)``.
         worst_parameter: Name of the parameter that uses up most of its allowance.
-        worst_ratio: Its error divided by its allowance: the bound times its movement, plus what rounding the
+        worst_ratio: Its error divided by its allowance: ten times the bound times its movement, plus what rounding the
             parameter itself to fp32 at every step can add. Above 1, this parameter breaks the law.
         unowned_share: ``‖movement of the unowned parameters‖ / ‖movement of all‖``.
     """
@@ -142,7 +144,7 @@ def balance(
             continue
         error = _norm(deltas[info.name].double() - movement)
         rounding = _ROUNDING_PER_STEP * steps * max(_norm(now), _norm(initial[info.name].double()))
-        allowance = bound * moved + rounding
+        allowance = _PARAMETER_SLACK * bound * moved + rounding
         ratio = _ratio(error, allowance)
         if ratio > worst_ratio:
             worst, worst_ratio = info.name, ratio

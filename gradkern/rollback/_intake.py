@@ -48,6 +48,9 @@ class Intake:
         ownership: What is recorded.
         shadows: Receives the exact sums.
         rank: Most rows kept of a matrix's factors per sample.
+
+    Attributes:
+        paused: See :class:`gradkern.rollback._capture.Sink`.
     """
 
     def __init__(self, ownership: Ownership, shadows: Shadows, rank: int) -> None:
@@ -61,6 +64,7 @@ class Intake:
                 generator = torch.Generator().manual_seed(index)
                 start = torch.randn(min(rank, *parameter.shape), parameter.shape[1], generator=generator)
                 self._starts[index] = start.to(parameter.device)
+        self.paused = False
         self._ids: Tensor | None = None
         self._first_visit: int | None = None
         self._compare = False
@@ -203,9 +207,10 @@ class Intake:
     def _require_ids(self, layer: OwnedLayer) -> Tensor:
         if self._ids is None:
             raise LedgerError(
-                f"record: a gradient reached layer {layer.name!r} outside 'with recorder.batch(ids)', so it "
-                f"belongs to no sample; call backward inside it, and close the recorder before other uses of "
-                f"the model's gradients. Clear the gradients (zero_grad) and call recorder.discard() before going on"
+                f"record: a gradient reached layer {layer.name!r} outside 'with recorder.batch(ids)', so it belongs "
+                f"to no sample; call backward inside it, and run other uses of the model's gradients, forward and "
+                f"backward, inside 'with recorder.paused()'. Clear the gradients (zero_grad) and call "
+                f"recorder.discard() before going on"
             )
         return self._ids
 

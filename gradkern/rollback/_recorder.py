@@ -164,6 +164,18 @@ class Recorder:
         finally:
             self._intake.end()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run the model unrecorded, forward and backward: to plan checkpoints, or for gradients on other data.
+
+        The gradients must not reach the next step: clear them, or compute them with ``torch.autograd.grad``.
+        """
+        before, self._intake.paused = self._intake.paused, True
+        try:
+            yield
+        finally:
+            self._intake.paused = before
+
     def discard(self) -> None:
         """Forget the gradients recorded since the last step.
 

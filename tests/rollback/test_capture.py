@@ -21,6 +21,8 @@ from gradkern.rollback._ownership import claim
 class DeafSink:
     """Takes nothing; what is left is the capturing functions' own arithmetic."""
 
+    paused = False
+
     def expand_shared(self, layer, output, ids):
         return output
 
@@ -175,6 +177,31 @@ def test_recomputed_layers_are_recorded_once(train, tmp_path):
     assert [file.name for file in files[0]] == [file.name for file in files[1]]
     for plain_file, recomputed_file in zip(*files, strict=True):
         assert plain_file.read_bytes() == recomputed_file.read_bytes()
+
+
+@pytest.mark.parametrize("order", ["plan first", "recorder first"])
+def test_a_checkpoint_plan_and_a_recorder_share_a_model(order, tmp_path):
+    torch.manual_seed(0)
+    model, data = gpt2(layers=3, width=32, length=64), token_data(8, 64, 31)
+    generous = gk.checkpoint.plan(model, data, token_loss, budget="1 GiB")
+    plan = gk.checkpoint.plan(model, data, token_loss, budget=generous.least_feasible_bytes)
+    assert any(unit.option == "recompute" for unit in plan.units)
+    optimizer = gk.AdamW(model.parameters(), lr=1e-2, max_norm=1.0)
+    if order == "plan first":
+        plan.apply(model)
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder:
+        if order == "recorder first":
+            plan.apply(model)
+        for _ in range(3):
+            with recorder.batch(range(8)):
+                token_loss(model(data), data).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ledger = gk.rollback.open(tmp_path / "run")
+    assert (ledger.steps, ledger.visits) == (3, 24)
+    assert ledger.verify(model).passed
+    for segment in ledger._segments_from_last():
+        assert all(len(record.visit) == 24 for record in segment.records.values())
 
 
 def test_recording_saves_no_more_for_backward_than_autograd_does(token_model, tmp_path):

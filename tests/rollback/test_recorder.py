@@ -253,6 +253,24 @@ def test_an_exception_in_training_keeps_what_was_recorded(token_model, tmp_path)
     assert all("forward" not in vars(module) for module in token_model.modules())
 
 
+def test_a_paused_recorder_takes_no_notice(token_model, tmp_path):
+    data, optimizer = token_data(), gk.AdamW(token_model.parameters(), lr=1e-2)
+    with gk.rollback.record(token_model, optimizer, tmp_path / "run") as recorder:
+        for _ in range(3):
+            with recorder.batch(range(24)):
+                token_loss(token_model(data), data).backward()
+                with recorder.paused():
+                    torch.autograd.grad(token_loss(token_model(data), data), list(token_model.parameters()))
+            with recorder.paused():
+                plan = gk.checkpoint.plan(token_model, data, token_loss, budget="1 GiB", recorder=recorder)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert plan.natural_peak_bytes > recorder.held_bytes()
+    ledger = gk.rollback.open(tmp_path / "run")
+    assert (ledger.steps, ledger.visits) == (3, 72)
+    assert ledger.verify(token_model).passed
+
+
 def test_a_step_inside_the_batch_is_counted_right(token_model, tmp_path):
     data, optimizer = token_data(), gk.AdamW(token_model.parameters(), lr=1e-2)
     with gk.rollback.record(token_model, optimizer, tmp_path / "run") as recorder:
