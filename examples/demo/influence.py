@@ -14,7 +14,7 @@ from .model import continue_text
 __all__ = ["explain_continuation"]
 
 _MARKER = "\n    def __init__(self"
-_TEMPERATURE = 0.5
+_TEMPERATURE = 0.8
 _SNIPPETS = 5
 # Positions whose label has this value are left out of the loss (torch's ``cross_entropy``).
 _IGNORED = -100
