@@ -3,7 +3,8 @@
 Autograd accumulates a parameter's gradient in its ``AccumulateGrad`` node. A pre-hook on that node sees the fresh
 gradient first; when it returns ``None`` in its place, the node leaves ``p.grad`` alone. So the hook adds the fresh
 gradient to ``p.grad`` itself, in one pass that also yields the sum of squares of the result. The hook does not run
-under ``torch.autograd.grad``, and a backward that raises midway leaves nothing aside: ``p.grad`` is always what it shows.
+under ``torch.autograd.grad``, and a backward that raises midway leaves nothing aside: ``p.grad`` is always what it
+shows.
 
 The first micro-batch after ``zero_grad`` is left to autograd, which hands its own tensor over without a copy; only
 low-precision parameters with an fp32 accumulator are folded from the first one on, overwriting.

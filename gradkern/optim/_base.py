@@ -283,8 +283,8 @@ class FusedStepMixin(torch.optim.Optimizer):
         device = buckets[0].params[0].device
         if self._scalars is None or self._scalars.device != device:
             self._scalars = functional.new_scalars(device)
-        # Set by torch.amp.GradScaler for the time of this step. A verdict without a scale means that it has unscaled the
-        # gradients already, by an operation that bumps no version: what was folded in backward is then out of date.
+        # Set by torch.amp.GradScaler for the time of this step. A verdict without a scale means that it has unscaled
+        # the gradients already, by an operation that bumps no version: what was folded in backward is then out of date.
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         self._found_inf = getattr(self, "found_inf", None)
         trusted = self._found_inf is None or grad_scale is not None

@@ -1,0 +1,1 @@
+"""Benchmarks: systems interleaved in one process, bandwidth measured in the same run."""

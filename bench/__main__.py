@@ -1,0 +1,33 @@
+"""Command line of the benchmarks: ``python -m bench <suite> --json FILE``."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from . import cycle, step
+from .harness import Report
+
+SUITES = {"step": step.run, "cycle": cycle.run}
+
+
+def main() -> None:
+    """Run one suite and write its records."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("--json", metavar="FILE", help="write the records here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds, at least 7 (default 9)")
+    args = parser.parse_args()
+    if args.rounds < 7:
+        parser.error(f"--rounds is {args.rounds}, expected at least 7: the minimum of fewer means little here")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no GPU; use --device cpu")
+    report = Report(args.suite, torch.device(args.device))
+    SUITES[args.suite](report, args.rounds)
+    report.write(args.json)
+
+
+if __name__ == "__main__":
+    main()

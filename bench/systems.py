@@ -1,0 +1,53 @@
+"""The systems compared: parameters with gradients, and an optimizer of one make over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+import gradkern as gk
+
+__all__ = ["Replica", "clip_step_systems"]
+
+MAX_NORM = 1.0
+
+
+class Replica:
+    """Parameters of the given shapes with constant gradients, filled once."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(s, generator=generator, device=device) * 0.02) for s in shapes]
+        for p in self.params:
+            p.grad = torch.randn(p.shape, generator=generator, device=device) * 1e-3
+
+    @property
+    def numel(self) -> int:
+        """Parameters in all tensors."""
+        return sum(p.numel() for p in self.params)
+
+
+def clip_step_systems(shapes: Sequence[tuple[int, ...]], device: torch.device) -> dict[str, Callable[[], object]]:
+    """Clip by the global norm and step, each system over its own replica.
+
+    ``torch grad_scale`` is torch's fastest known way: the norm once, the coefficient handed to the fused kernel through
+    the attribute that ``GradScaler`` uses.
+    """
+    ours, fused, trick = (Replica(shapes, device) for _ in range(3))
+    opt = gk.AdamW(ours.params, lr=1e-4, max_norm=MAX_NORM)
+    opt_fused = torch.optim.AdamW(fused.params, lr=1e-4, fused=True)
+    opt_trick = torch.optim.AdamW(trick.params, lr=1e-4, fused=True)
+
+    def torch_clip_step() -> None:
+        nn.utils.clip_grad_norm_(fused.params, MAX_NORM)
+        opt_fused.step()
+
+    def torch_trick() -> None:
+        norm = nn.utils.get_total_norm([p.grad for p in trick.params])
+        opt_trick.grad_scale = torch.clamp((norm + 1e-6) / MAX_NORM, min=1.0)
+        opt_trick.found_inf = torch.zeros((), device=device)
+        opt_trick.step()
+
+    return {"gradkern": opt.step, "torch clip + fused": torch_clip_step, "torch grad_scale + fused": torch_trick}
