@@ -65,9 +65,9 @@ format: dev  ## rewrite Python and C++ sources in the project's format
 docs: dev  ## build the documentation into docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-bench-smoke: dev  ## each benchmark suite at a small size: that it runs, not how fast
-	$(BIN)/python -m bench cycle --smoke --json out/bench-cycle-smoke.json
-	$(BIN)/python -m bench step --smoke --json out/bench-step-smoke.json
+bench-smoke: dev  ## run every benchmark suite with the fewest rounds
+	$(BIN)/python -m bench cycle --rounds 7 --json out/bench-cycle.json
+	$(BIN)/python -m bench step --rounds 7 --json out/bench-step.json
 
 clean:  ## remove what was built; keeps .venv
 	rm -rf build dist out docs/_build gradkern.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
