@@ -1,4 +1,4 @@
-"""Suite ``cycle``: accumulate, clip, step, zero; each part and the whole, against torch's best own way and the triad."""
+"""Suite ``cycle``: accumulate, clip, step, zero; the parts and the whole, against torch's best own way and the triad."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _clip_step(report: Report, case: str, shapes: list[tuple[int, ...]], rounds:
 def _accumulate(report: Report, case: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, rounds: int) -> None:
     replica = Replica(shapes, report.device)
     main_grads = [p.grad for p in replica.params]
-    grads = [g.to(dtype) for g in main_grads]
+    grads = [g.to(dtype, copy=True) for g in main_grads]
     partials = functional.new_partials(main_grads)
     plain, normed = AddressTable(), AddressTable()
 

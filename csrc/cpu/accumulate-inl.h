@@ -1,22 +1,25 @@
-// main_grad (+)= grad, and the chunk's sum of squares of the result from the same registers.
+// main_grad (+)= grad, and the chunk's sum of squares of the result while it is in L1.
 
-// One whole group. kFold: also fold its squares into 64 sums.
-template <class Codec, bool kOverwrite, bool kFold>
-GRADKERN_INLINE void accumulate_group(float* main_grad, const typename Codec::Stored* grad, double* sums) {
-  for (int64_t l = 0; l < kRow; l += F32::kLanes) {
-    F32 x[8];
+// One whole group. The squares of the previous group, if there is one, are folded between the loads of this one: folded
+// in one go, they would leave the memory idle for as long as they take.
+template <class Codec, bool kOverwrite>
+GRADKERN_INLINE void accumulate_group(float* main_grad, const typename Codec::Stored* grad, const float* previous,
+                                      double* previous_sums) {
+  for (int64_t column = 0; column < kRow; column += F32::kLanes) {
     for (int64_t row = 0; row < 8; ++row) {
-      const int64_t i = row * kRow + l;
-      const F32 g = Codec::load(grad + i);
-      x[row] = kOverwrite ? g : F32::load(main_grad + i) + g;
-      x[row].store(main_grad + i);
+      const int64_t i = column * 8 + row * F32::kLanes;
+      if (i % kLine<typename Codec::Stored> == 0) {
+        prefetch(grad + i);
+      }
+      F32 x = Codec::load(grad + i);
+      if (!kOverwrite) {
+        prefetch(main_grad + i);
+        x = F32::load(main_grad + i) + x;
+      }
+      x.store(main_grad + i);
     }
-    if (kFold) {
-      const Squares s0 = Squares(x[0]) + Squares(x[4]);
-      const Squares s1 = Squares(x[1]) + Squares(x[5]);
-      const Squares s2 = Squares(x[2]) + Squares(x[6]);
-      const Squares s3 = Squares(x[3]) + Squares(x[7]);
-      ((s0 + s2) + (s1 + s3)).store(sums + l);
+    if (previous != nullptr) {
+      fold_columns(previous + column, previous_sums + column);
     }
   }
 }
@@ -24,11 +27,19 @@ GRADKERN_INLINE void accumulate_group(float* main_grad, const typename Codec::St
 template <class Codec, bool kOverwrite, bool kFold>
 inline void accumulate_chunk(float* main_grad, const void* grad, int64_t size, double* partial) {
   const auto* from = static_cast<const typename Codec::Stored*>(grad);
-  double sums[kFold ? kFolded : kRow];
+  double sums[kFolded];
+  const float* previous = nullptr;
   int64_t count = 0;
   int64_t i = 0;
-  for (; i + kGroup <= size; i += kGroup, count += kFold ? kRow : 0) {
-    accumulate_group<Codec, kOverwrite, kFold>(main_grad + i, from + i, sums + count);
+  for (; i + kGroup <= size; i += kGroup) {
+    accumulate_group<Codec, kOverwrite>(main_grad + i, from + i, previous, sums + count - kRow);
+    if (kFold) {
+      previous = main_grad + i;
+      count += kRow;
+    }
+  }
+  if (previous != nullptr) {
+    fold_group(previous, sums + count - kRow);
   }
   if (i < size) {
     const int64_t rest = size - i;
@@ -38,12 +49,15 @@ inline void accumulate_chunk(float* main_grad, const void* grad, int64_t size, d
     if (!kOverwrite) {
       __builtin_memcpy(main_tail, main_grad + i, rest * sizeof(float));
     }
-    accumulate_group<Codec, kOverwrite, kFold>(main_tail, grad_tail, sums + count);
+    accumulate_group<Codec, kOverwrite>(main_tail, grad_tail, nullptr, nullptr);
     __builtin_memcpy(main_grad + i, main_tail, rest * sizeof(float));
-    count += kFold ? kRow : 0;
+    if (kFold) {
+      fold_group(main_tail, sums + count);
+      count += kRow;
+    }
   }
   if (kFold) {
-    *partial = size > 0 ? fold_sums(sums, count) : 0.0;
+    *partial = size > 0 ? fold_sums<kFolded / 2>(sums, count) : 0.0;
   }
 }
 

@@ -20,6 +20,21 @@ struct Float16Codec {
 // Tails are padded to a whole group, so that element i never depends on where a tensor ends.
 constexpr int64_t kGroup = 512;
 
+// Asks for the line that the same position of a later group lies in. The hardware stops at each page and waits for
+// the translation of the next; asked for early, one line per load, both overlap with the arithmetic. A prefetch beyond
+// the tensor is harmless. Narrow vectors would ask for every line several times and are bound by arithmetic anyway.
+constexpr int64_t kPrefetchBytes = 4096;
+
+// Elements of T in a cache line.
+template <class T>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+
+GRADKERN_INLINE void prefetch(const void* p) {
+  if (F32::kLanes >= 8) {
+    __builtin_prefetch(static_cast<const char*>(p) + kPrefetchBytes, 0, 2);
+  }
+}
+
 template <class Codec>
 inline void decode(const void* src, int64_t size, float* out) {
   const auto* from = static_cast<const typename Codec::Stored*>(src);

@@ -7,36 +7,41 @@
 constexpr int64_t kRow = 64;
 constexpr int64_t kFolded = kChunk / kGroup * kRow;
 
+// Folds the 8 rows of kLanes neighbouring columns to `sums[0..kLanes)`.
+GRADKERN_INLINE void fold_columns(const float* x, double* sums) {
+  const Squares s0 = Squares(x).plus_square(x + 4 * kRow);
+  const Squares s1 = Squares(x + kRow).plus_square(x + 5 * kRow);
+  const Squares s2 = Squares(x + 2 * kRow).plus_square(x + 6 * kRow);
+  const Squares s3 = Squares(x + 3 * kRow).plus_square(x + 7 * kRow);
+  ((s0 + s2) + (s1 + s3)).store(sums);
+}
+
 // Folds the 8 rows of a group to `sums[0..64)`.
 GRADKERN_INLINE void fold_group(const float* group, double* sums) {
-  for (int64_t l = 0; l < kRow; l += F32::kLanes) {
-    const float* x = group + l;
-#define GRADKERN_SQ(row) Squares(F32::load(x + (row) * kRow))
-    const Squares s0 = GRADKERN_SQ(0) + GRADKERN_SQ(4);
-    const Squares s1 = GRADKERN_SQ(1) + GRADKERN_SQ(5);
-    const Squares s2 = GRADKERN_SQ(2) + GRADKERN_SQ(6);
-    const Squares s3 = GRADKERN_SQ(3) + GRADKERN_SQ(7);
-#undef GRADKERN_SQ
-    ((s0 + s2) + (s1 + s3)).store(sums + l);
+  for (int64_t column = 0; column < kRow; column += F32::kLanes) {
+    fold_columns(group + column, sums + column);
   }
 }
 
-// sums[0..count) += sums[half..half+count), which never overlap.
-inline void fold_half(double* __restrict low, const double* __restrict high, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    low[i] += high[i];
-  }
-}
-
-// Folds the first `count` of 512 sums, the rest being zero; count is a multiple of 64. Destroys `sums`.
-inline double fold_sums(double* sums, int64_t count) {
-  for (int64_t half = kFolded / 2; half >= 1; half /= 2) {
-    if (count > half) {
-      fold_half(sums, sums + half, count - half);
-      count = half;
+// Folds the first `count` of 2 kHalf sums, the rest being zero, in halves down to one. Destroys `sums`.
+template <int64_t kHalf>
+inline double fold_sums(double* __restrict sums, int64_t count) {
+  if (count == 2 * kHalf) {
+    for (int64_t i = 0; i < kHalf; ++i) {  // a constant bound: whole vectors, no checks
+      sums[i] += sums[i + kHalf];
     }
+    count = kHalf;
+  } else if (count > kHalf) {
+    for (int64_t i = kHalf; i < count; ++i) {
+      sums[i - kHalf] += sums[i];
+    }
+    count = kHalf;
   }
-  return sums[0];
+  if constexpr (kHalf > 1) {
+    return fold_sums<kHalf / 2>(sums, count);
+  } else {
+    return sums[0];
+  }
 }
 
 template <class Codec>
@@ -48,6 +53,7 @@ inline double sumsq_chunk(const void* src, int64_t size) {
   for (int64_t i = 0; i < size; i += kGroup, count += kRow) {
     if (size - i >= kGroup) {
       for (int64_t j = 0; j < kGroup; j += F32::kLanes) {
+        prefetch(from + i + j);
         Codec::load(from + i + j).store(group + j);
       }
     } else {
@@ -56,7 +62,7 @@ inline double sumsq_chunk(const void* src, int64_t size) {
     }
     fold_group(group, sums + count);
   }
-  return size > 0 ? fold_sums(sums, count) : 0.0;
+  return size > 0 ? fold_sums<kFolded / 2>(sums, count) : 0.0;
 }
 
 double sumsq_loop(DType dtype, const void* src, int64_t size) {

@@ -44,11 +44,11 @@ struct F32 {
   }
 };
 
-// Squares of kLanes floats, exact in double.
+// Squares of kLanes floats in memory, exact in double. Widened from memory, which needs no shuffle.
 struct Squares {
   __m256d lo, hi;
-  explicit GRADKERN_INLINE Squares(F32 x)
-      : lo(_mm256_cvtps_pd(_mm256_castps256_ps128(x.v))), hi(_mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))) {
+  explicit GRADKERN_INLINE Squares(const float* p)
+      : lo(_mm256_cvtps_pd(_mm_loadu_ps(p))), hi(_mm256_cvtps_pd(_mm_loadu_ps(p + 4))) {
     lo = _mm256_mul_pd(lo, lo);
     hi = _mm256_mul_pd(hi, hi);
   }
@@ -57,6 +57,7 @@ struct Squares {
     o.hi = _mm256_add_pd(hi, o.hi);
     return o;
   }
+  GRADKERN_INLINE Squares plus_square(const float* p) const { return *this + Squares(p); }
   GRADKERN_INLINE void store(double* p) const {
     _mm256_storeu_pd(p, lo);
     _mm256_storeu_pd(p + 4, hi);

@@ -1,4 +1,4 @@
-// Sixteen lanes of AVX-512 F/BW/DQ/VL. No FMA: contraction would change bits between instruction sets.
+// Sixteen lanes of AVX-512 F/BW/DQ/VL. No FMA on fp32: contraction would change bits between instruction sets.
 #define GRADKERN_INLINE __attribute__((always_inline)) inline
 
 struct F32 {
@@ -43,17 +43,25 @@ struct F32 {
   }
 };
 
-// Squares of kLanes floats, exact in double.
+// Squares of kLanes floats in memory, exact in double. Widened from memory, which needs no shuffle.
 struct Squares {
   __m512d lo, hi;
-  explicit GRADKERN_INLINE Squares(F32 x)
-      : lo(_mm512_cvtps_pd(_mm512_castps512_ps256(x.v))), hi(_mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))) {
+  explicit GRADKERN_INLINE Squares(const float* p)
+      : lo(_mm512_cvtps_pd(_mm256_loadu_ps(p))), hi(_mm512_cvtps_pd(_mm256_loadu_ps(p + 8))) {
     lo = _mm512_mul_pd(lo, lo);
     hi = _mm512_mul_pd(hi, hi);
   }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.lo = _mm512_add_pd(lo, o.lo);
     o.hi = _mm512_add_pd(hi, o.hi);
+    return o;
+  }
+  // The one fused multiply-add: the product is exact in double, so that it rounds where an addition would.
+  GRADKERN_INLINE Squares plus_square(const float* p) const {
+    Squares o = *this;
+    const __m512d a = _mm512_cvtps_pd(_mm256_loadu_ps(p)), b = _mm512_cvtps_pd(_mm256_loadu_ps(p + 8));
+    o.lo = _mm512_fmadd_pd(a, a, lo);
+    o.hi = _mm512_fmadd_pd(b, b, hi);
     return o;
   }
   GRADKERN_INLINE void store(double* p) const {

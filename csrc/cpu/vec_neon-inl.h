@@ -35,10 +35,10 @@ struct F32 {
   static GRADKERN_INLINE F32 maximum(F32 a, F32 b) { return {vmaxq_f32(a.v, b.v)}; }  // FMAX propagates NaN
 };
 
-// Squares of kLanes floats, exact in double.
+// Squares of kLanes floats in memory, exact in double.
 struct Squares {
   float64x2_t lo, hi;
-  explicit GRADKERN_INLINE Squares(F32 x) : lo(vcvt_f64_f32(vget_low_f32(x.v))), hi(vcvt_high_f64_f32(x.v)) {
+  explicit GRADKERN_INLINE Squares(const float* p) : lo(vcvt_f64_f32(vld1_f32(p))), hi(vcvt_f64_f32(vld1_f32(p + 2))) {
     lo = vmulq_f64(lo, lo);
     hi = vmulq_f64(hi, hi);
   }
@@ -47,6 +47,7 @@ struct Squares {
     o.hi = vaddq_f64(hi, o.hi);
     return o;
   }
+  GRADKERN_INLINE Squares plus_square(const float* p) const { return *this + Squares(p); }
   GRADKERN_INLINE void store(double* p) const {
     vst1q_f64(p, lo);
     vst1q_f64(p + 2, hi);

@@ -73,13 +73,14 @@ struct F32 {
   static GRADKERN_INLINE F32 maximum(F32 a, F32 b) { return {a.v > b.v || a.v != a.v ? a.v : b.v}; }
 };
 
-// Squares of kLanes floats, exact in double.
+// Squares of kLanes floats in memory, exact in double.
 struct Squares {
   double v;
-  explicit GRADKERN_INLINE Squares(F32 x) : v(static_cast<double>(x.v) * static_cast<double>(x.v)) {}
+  explicit GRADKERN_INLINE Squares(const float* p) : v(static_cast<double>(*p) * static_cast<double>(*p)) {}
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.v = v + o.v;
     return o;
   }
+  GRADKERN_INLINE Squares plus_square(const float* p) const { return *this + Squares(p); }
   GRADKERN_INLINE void store(double* p) const { *p = v; }
 };
