@@ -16,13 +16,13 @@ LossFn = Callable[[Any, Any], Tensor]
 def compute_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None = None) -> Tensor:
     """Run ``model`` on ``batch`` and return its scalar loss, with its graph.
 
-    ========================  ==================  =================================
-    ``batch``                 the model is called  with ``loss_fn``, the loss is
-    ========================  ==================  =================================
-    mapping                   ``model(**batch)``  ``loss_fn(output, batch)``
-    pair ``(inputs, target)``  ``model(inputs)``  ``loss_fn(output, target)``
-    tensor                    ``model(batch)``    ``loss_fn(output, batch)``
-    ========================  ==================  =================================
+    =========================  ===================  =============================
+    ``batch``                  the model is called  with ``loss_fn``, the loss is
+    =========================  ===================  =============================
+    mapping                    ``model(**batch)``   ``loss_fn(output, batch)``
+    pair ``(inputs, target)``  ``model(inputs)``    ``loss_fn(output, target)``
+    tensor                     ``model(batch)``     ``loss_fn(output, batch)``
+    =========================  ===================  =============================
 
     Without ``loss_fn`` the output itself must be a scalar tensor or carry one as ``.loss`` (as models of
     ``transformers`` do when the batch has ``labels``). A pair needs ``loss_fn``: its target would go unused.

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from gradkern.checkpoint._allocator import allocator_unavailable_reason
 from gradkern.checkpoint._bytes import parse_bytes
 from gradkern.checkpoint._peak import Peak, enforce, measure_peak
 from gradkern.checkpoint._plan import Plan, UnitPlan
 from gradkern.checkpoint._planner import plan
 
-__all__ = ["Peak", "Plan", "UnitPlan", "enforce", "measure_peak", "parse_bytes", "plan"]
+__all__ = [
+    "Peak",
+    "Plan",
+    "UnitPlan",
+    "allocator_unavailable_reason",
+    "enforce",
+    "measure_peak",
+    "parse_bytes",
+    "plan",
+]

@@ -11,7 +11,7 @@ import torch
 
 from gradkern.errors import BackendUnavailableError
 
-__all__ = ["LIBRARY", "CountingAllocator", "load_allocator"]
+__all__ = ["LIBRARY", "CountingAllocator", "allocator_unavailable_reason", "load_allocator"]
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_alloc.so"
 
@@ -92,6 +92,19 @@ def load_allocator() -> CountingAllocator:
     return _load(LIBRARY)
 
 
+def allocator_unavailable_reason() -> str | None:
+    """Say why the allocator hook is off, or return None where it counts.
+
+    Where the hook was not installed yet and can be, this installs it for the rest of the process, as the first
+    measurement would; later calls find it installed.
+    """
+    try:
+        load_allocator()
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
 @functools.cache
 def _load(path: Path) -> CountingAllocator:
     """Load and install from ``path``; a failure is not cached."""
@@ -102,9 +115,9 @@ def _load(path: Path) -> CountingAllocator:
         )
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        library.gradkern_alloc_torch_version.restype = ctypes.c_int64
+    except (OSError, AttributeError) as error:  # AttributeError: a library, but not this one
         raise BackendUnavailableError(f"the CPU allocator hook does not load: {error}") from error
-    library.gradkern_alloc_torch_version.restype = ctypes.c_int64
     built_major, built_minor = divmod(library.gradkern_alloc_torch_version(), 1000)
     running = torch.__version__.split(".")[:2]
     if [str(built_major), str(built_minor)] != running:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from gradkern.checkpoint import _allocator, enforce, measure_peak
+from gradkern.checkpoint import _allocator, allocator_unavailable_reason, enforce, measure_peak
 from gradkern.checkpoint._allocator import load_allocator
 from gradkern.checkpoint._meter import ProfilerMeter, interval_peak
 from gradkern.errors import BackendUnavailableError, BudgetExceededError
@@ -23,6 +24,8 @@ def without_library(monkeypatch, tmp_path):
 
 def test_library_is_built():
     assert load_allocator().live_bytes >= 0
+    assert allocator_unavailable_reason() is None
+    assert load_allocator() is load_allocator()
 
 
 def test_peak_equals_running_sum_of_profiler_events(case):
@@ -173,8 +176,9 @@ def test_bad_arguments():
 
 
 def test_enforce_says_why_it_is_unavailable(without_library):
-    with pytest.raises(BackendUnavailableError, match="not built"), enforce("1 GiB"):
+    with pytest.raises(BackendUnavailableError, match="not built") as caught, enforce("1 GiB"):
         pytest.fail("the block must not run")
+    assert allocator_unavailable_reason() == str(caught.value)
 
 
 def test_a_file_that_is_no_library_is_named(monkeypatch, tmp_path):
@@ -183,6 +187,8 @@ def test_a_file_that_is_no_library_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(_allocator, "LIBRARY", garbage)
     with pytest.raises(BackendUnavailableError, match="does not load"):
         load_allocator()
+    monkeypatch.setattr(_allocator, "LIBRARY", Path(torch.__file__).parent / "lib" / "libc10.so")
+    assert "gradkern_alloc_torch_version" in allocator_unavailable_reason()
 
 
 def test_blocks_older_than_the_hook_are_freed_in_peace():
