@@ -60,8 +60,7 @@ class GradAccumulator:
         self._low_precision = [p for p in self._params if p.dtype != torch.float32]
         for param in self._low_precision:
             param.grad_dtype = None
-        self._norm_cache = AddressTable()
-        self._fold_cache = AddressTable()
+        self._fold_caches: dict[tuple[torch.dtype, bool], AddressTable] = {}
 
     @property
     def grads(self) -> list[torch.Tensor]:
@@ -82,28 +81,12 @@ class GradAccumulator:
                 f"GradAccumulator.accumulate_: got {len(grads)} gradients, expected {len(self._params)}, one per "
                 "parameter; pass None where there is none"
             )
-        fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
-        present: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for param, grad in zip(self._params, grads, strict=True):
-            if grad is None:
-                continue
-            if param.grad is None:
-                fresh.append((torch.empty_like(param, dtype=torch.float32, requires_grad=False), grad))
-            else:
-                present.append((param.grad, grad))
-        for pairs, overwrite in ((fresh, True), (present, False)):
-            for dtype in DTYPE_CODES:
-                same = [pair for pair in pairs if pair[1].dtype == dtype]
-                if same:
-                    functional.accumulate_(
-                        [main_grad for main_grad, _ in same],
-                        [grad for _, grad in same],
-                        overwrite=overwrite,
-                        cache=self._fold_cache if not overwrite else None,
-                    )
-        for param, grad in zip(self._params, grads, strict=True):
-            if grad is not None and param.grad is None:
-                param.grad = fresh.pop(0)[0]
+        pairs = [(p, g) for p, g in zip(self._params, grads, strict=True) if g is not None]
+        for dtype in {g.dtype for _, g in pairs}:
+            fresh = [(p, g) for p, g in pairs if g.dtype == dtype and p.grad is None]
+            present = [(p, g) for p, g in pairs if g.dtype == dtype and p.grad is not None]
+            self._fold_list(fresh, dtype, overwrite=True)
+            self._fold_list(present, dtype, overwrite=False)
 
     def norm(self) -> torch.Tensor:
         """L2 norm of the accumulated gradients, 0-dim fp32; free where backward folded them. Does not synchronise."""
@@ -142,6 +125,19 @@ class GradAccumulator:
             if param.grad is not None:
                 param.grad = param.grad.to(param.dtype)
             param.grad_dtype = param.dtype
+
+    def _fold_list(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, *, overwrite: bool
+    ) -> None:
+        if not pairs:
+            return
+        params = [p for p, _ in pairs]
+        main_grads: list[torch.Tensor] = [self._fold.fresh_main_grad(p) if p.grad is None else p.grad for p in params]
+        cache = self._fold_caches.setdefault((dtype, overwrite), AddressTable())
+        functional.accumulate_(main_grads, [g for _, g in pairs], overwrite=overwrite, cache=cache)
+        if overwrite:
+            for param, main_grad in zip(params, main_grads, strict=True):
+                param.grad = main_grad
 
     def _scalars(self, max_norm: float) -> torch.Tensor:
         partials: list[torch.Tensor] = []

@@ -68,7 +68,7 @@ class _Entry:
         if shown is None:
             if param.dtype == torch.float32:
                 return None
-            target = self._fresh_main_grad(param)
+            target = self.fresh_main_grad(param)
         else:
             target = shown
         if target.dtype != torch.float32 or not _same_layout(target, grad):
@@ -92,13 +92,14 @@ class _Entry:
         if param is not None:
             _OWNERS.pop(param, None)
 
-    def _fresh_main_grad(self, param: torch.Tensor) -> torch.Tensor:
+    def fresh_main_grad(self, param: torch.Tensor) -> torch.Tensor:
+        """An fp32 buffer of the parameter's layout to overwrite: the last one, unless a user still sees it."""
         if self._main_grad is None or self._held_elsewhere(self._main_grad):
             self._main_grad = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
         return self._main_grad
 
     def _held_elsewhere(self, tensor: torch.Tensor) -> bool:
-        """Whether a user still sees the buffer: by name, through a graph, or through a view, detach() or numpy()."""
+        """By name, through a graph, or through a view, detach() or numpy()."""
         names = sys.getrefcount(tensor) - 3  # the slot, this argument, getrefcount's own
         # One for the tensor, one for the Python object asked here; views, detach() and numpy() add to it.
         storages = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
@@ -159,10 +160,19 @@ class GradFold:
             self._entries[id(param)] = _Entry(param)
             _OWNERS[param] = weakref.ref(self)
 
+    @property
+    def size(self) -> int:
+        """How many parameters are folded."""
+        return len(self._entries)
+
     def partials(self, param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
         """Partials of ``param.grad`` where they are current, else None."""
         entry = self._entries.get(id(param))
         return None if entry is None else entry.partials(grad)
+
+    def fresh_main_grad(self, param: torch.Tensor) -> torch.Tensor:
+        """An fp32 buffer for the gradient of a folded parameter, to be overwritten and shown as ``param.grad``."""
+        return self._entries[id(param)].fresh_main_grad(param)
 
     def detach(self) -> None:
         """Remove every hook; autograd accumulates by itself again."""

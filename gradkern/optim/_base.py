@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -24,6 +26,12 @@ from gradkern.step_event import ParamStep, StepEvent
 __all__ = ["Bucket", "FusedStepMixin"]
 
 State = dict[str, Any]
+
+# Attributes by way of map(): with thousands of small tensors, gathering costs as much as the update itself.
+_grad = attrgetter("grad")
+_dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_layout = torch.Tensor.layout.__get__  # type: ignore[attr-defined]
+_is_contiguous = torch.Tensor.is_contiguous
 
 
 @dataclass(slots=True)
@@ -45,7 +53,7 @@ class Bucket:
 
     def column(self, name: str) -> list[torch.Tensor]:
         """One state tensor of every parameter."""
-        return [state[name] for state in self.states]
+        return list(map(itemgetter(name), self.states))
 
 
 class _GroupPlan:
@@ -54,7 +62,7 @@ class _GroupPlan:
     __slots__ = ("buckets", "signature", "step_buffer")
 
     def __init__(self) -> None:
-        self.signature: tuple[list[int], list[tuple[torch.dtype, torch.layout]]] | None = None
+        self.signature: tuple[list[int], list[bool], list[torch.dtype], list[torch.layout]] | None = None
         self.buckets: list[Bucket] = []
         self.step_buffer: torch.Tensor | None = None
 
@@ -201,14 +209,19 @@ class FusedStepMixin(torch.optim.Optimizer):
             self._plans.append(_GroupPlan())
         buckets: list[Bucket] = []
         for group, plan in zip(self.param_groups, self._plans, strict=True):
-            params, grads, positions = [], [], []
-            for position, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is not None:
-                    params.append(param)
-                    grads.append(grad)
-                    positions.append(position)
-            signature = (list(map(id, params)), [(g.dtype, g.layout) for g in grads])
+            params = group["params"]
+            grads = list(map(_grad, params))
+            positions: Sequence[int] = range(len(params))
+            if True in map(is_, grads, repeat(None)):
+                positions = [i for i in positions if grads[i] is not None]
+                params = [params[i] for i in positions]
+                grads = [grads[i] for i in positions]
+            signature = (
+                list(map(id, params)),
+                list(map(_is_contiguous, params)),
+                list(map(_dtype, grads)),
+                list(map(_layout, grads)),
+            )
             if plan.signature != signature:
                 self._check_grads(grads)
                 plan.buckets = self._new_buckets(group, plan, params, grads, positions)
@@ -309,13 +322,16 @@ class FusedStepMixin(torch.optim.Optimizer):
         if not bucket.kernel:
             norms = torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).double() for g in bucket.grads])
             return [norms.square()]
-        folded, rest = [], []
-        for param, grad in zip(bucket.params, bucket.grads, strict=True):
-            partials = self._fold.partials(param, grad) if trusted else None
-            if partials is None:
-                rest.append(grad)
-            else:
-                folded.append(partials)
+        folded: list[torch.Tensor] = []
+        rest = bucket.grads
+        if trusted and self._fold.size:
+            rest = []
+            for param, grad in zip(bucket.params, bucket.grads, strict=True):
+                partials = self._fold.partials(param, grad)
+                if partials is None:
+                    rest.append(grad)
+                else:
+                    folded.append(partials)
         if rest:
             folded.append(functional.sumsq(rest, cache=bucket.norm_cache))
         return folded
