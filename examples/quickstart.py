@@ -37,7 +37,7 @@ import gradkern as gk
 
 BUDGET_SHARE = 0.6
 CYCLE_ROUNDS = 30
-STEP_ROUNDS = 7
+STEP_ROUNDS = 9
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from gradkern import functional
-from gradkern.grad_fold import GradFold
+from gradkern.grad_fold import GradFold, fold_list_, known_partials
 from gradkern.ops._chunks import DTYPE_CODES
 from gradkern.ops._table import AddressTable
 from gradkern.ops.step_scalars import reference as scalar_layout
@@ -134,24 +134,27 @@ class GradAccumulator:
         params = [p for p, _ in pairs]
         main_grads: list[torch.Tensor] = [self._fold.fresh_main_grad(p) if p.grad is None else p.grad for p in params]
         cache = self._fold_caches.setdefault((dtype, overwrite), AddressTable())
-        functional.accumulate_(main_grads, [g for _, g in pairs], overwrite=overwrite, cache=cache)
+        fold_list_(main_grads, [g for _, g in pairs], overwrite=overwrite, cache=cache)
         if overwrite:
             for param, main_grad in zip(params, main_grads, strict=True):
                 param.grad = main_grad
 
     def _scalars(self, max_norm: float) -> torch.Tensor:
-        partials: list[torch.Tensor] = []
-        rest: dict[torch.dtype, list[torch.Tensor]] = {}
-        for param in self._params:
-            grad = param.grad
-            if grad is None:
-                continue
-            folded = self._fold.partials(param, grad)
-            if folded is None:
-                rest.setdefault(grad.dtype, []).append(grad)
-            else:
-                partials.append(folded)
-        partials.extend(functional.sumsq(grads) for grads in rest.values())
+        grads = self.grads
+        listed = known_partials(grads)
+        partials = [] if listed is None else [listed]
+        if listed is None:
+            rest: dict[torch.dtype, list[torch.Tensor]] = {}
+            for param in self._params:
+                grad = param.grad
+                if grad is None:
+                    continue
+                folded = self._fold.partials(param, grad)
+                if folded is None:
+                    rest.setdefault(grad.dtype, []).append(grad)
+                else:
+                    partials.append(folded)
+            partials.extend(functional.sumsq(same) for same in rest.values())
         scalars = functional.new_scalars(self._params[0].device)
         functional.step_scalars_(scalars, [], partials, max_norm=max_norm)
         return scalars

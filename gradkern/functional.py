@@ -22,7 +22,15 @@ from gradkern.ops.step_scalars import reference as scalar_layout
 from gradkern.ops.step_scalars.spec import SPEC as STEP_SCALARS
 from gradkern.ops.sumsq.spec import SPEC as SUMSQ
 
-__all__ = ["accumulate_", "adamw_step_", "new_partials", "new_scalars", "step_scalars_", "sumsq"]
+__all__ = [
+    "accumulate_",
+    "accumulate_with_partials_",
+    "adamw_step_",
+    "new_partials",
+    "new_scalars",
+    "step_scalars_",
+    "sumsq",
+]
 
 
 def new_partials(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -92,6 +100,25 @@ def accumulate_(
         operands = Operands(ACCUMULATE.name, {"main_grads": main_grads, "grads": grads}, cache)
         _registry.select(ACCUMULATE, operands.device())(operands, partials, overwrite=overwrite)
     increment_version(main_grads)
+
+
+def accumulate_with_partials_(
+    main_grads: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    *,
+    overwrite: bool = False,
+    cache: AddressTable | None = None,
+) -> torch.Tensor:
+    """As :func:`accumulate_`; returns the partials of the new ``main_grads``, fp64, one per chunk."""
+    if torch.compiler.is_compiling():
+        partials = new_partials(main_grads)
+        accumulate_(main_grads, grads, partials, overwrite=overwrite)
+        return partials
+    operands = Operands(ACCUMULATE.name, {"main_grads": main_grads, "grads": grads}, cache)
+    partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
+    _registry.select(ACCUMULATE, partials.device)(operands, partials, overwrite=overwrite)
+    increment_version(main_grads)
+    return partials
 
 
 def step_scalars_(

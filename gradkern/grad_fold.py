@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter, is_
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -25,13 +26,54 @@ from gradkern import functional
 from gradkern.ops._chunks import DTYPE_CODES, is_dense
 from gradkern.ops._table import AddressTable
 
-__all__ = ["FOLD_MIN_NUMEL", "GradFold"]
+__all__ = ["FOLD_MIN_NUMEL", "GradFold", "fold_list_", "known_partials"]
 
 FOLD_MIN_NUMEL = 1 << 18
 """Smallest fp32 parameter whose fold by a Python hook pays: below it, one batched norm at ``step()`` is cheaper."""
 
+_version = attrgetter("_version")
+
+# What fold_list_ left behind, by the first gradient of the list.
+_LISTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
 # Which fold a parameter belongs to: two would add the same gradient twice.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class _FoldedList:
+    """Gradients folded in one call, and the partials of all of them together while none has changed."""
+
+    __slots__ = ("_grads", "_partials", "_versions")
+
+    def __init__(self, grads: Sequence[torch.Tensor], partials: torch.Tensor) -> None:
+        self._grads = list(map(weakref.ref, grads))
+        self._versions = list(map(_version, grads))
+        self._partials = partials
+
+    def partials(self, grads: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        same = len(grads) == len(self._grads) and all(map(is_, grads, (ref() for ref in self._grads)))
+        return self._partials if same and list(map(_version, grads)) == self._versions else None
+
+
+def fold_list_(
+    main_grads: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], *, overwrite: bool, cache: AddressTable
+) -> None:
+    """Fold many gradients in one launch and remember their partials for :func:`known_partials`.
+
+    Args:
+        main_grads: fp32 accumulators, mutated.
+        grads: What is added, or set with ``overwrite``; one dtype.
+        overwrite: Set instead of add.
+        cache: Table kept from the last call with the same operands.
+    """
+    partials = functional.accumulate_with_partials_(main_grads, grads, overwrite=overwrite, cache=cache)
+    _LISTS[main_grads[0]] = _FoldedList(main_grads, partials)
+
+
+def known_partials(grads: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Partials of exactly these gradients, in this order, if :func:`fold_list_` left them so; else None."""
+    folded: _FoldedList | None = _LISTS.get(grads[0]) if grads else None
+    return None if folded is None else folded.partials(grads)
 
 
 class _Entry:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradkern as gk
+from gradkern.grad_fold import known_partials
 from gradkern.testing import same_bits
 
 
@@ -118,3 +119,28 @@ def test_bad_parameters():
         gk.GradAccumulator([])
     with pytest.raises(ValueError, match=r"params\[1\] has dtype torch\.float64"):
         gk.GradAccumulator([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))])
+
+
+def test_norm_of_a_folded_list_reaches_the_optimizer_and_edits_are_seen():
+    model = tiny()
+    params = list(model.parameters())
+    opt = gk.AdamW(params, max_norm=1.0)
+    opt.detach()
+    accumulator = gk.GradAccumulator(params)
+    for seed in range(3):
+        accumulator.accumulate_([torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) for p in params])
+    expected = gk.get_total_norm([p.grad for p in params])
+    assert known_partials([p.grad for p in params]) is not None
+    assert same_bits(accumulator.norm(), expected)
+    opt.step()
+    assert same_bits(opt.grad_norm, expected)
+
+    params[1].grad.mul_(2.0)
+    assert known_partials([p.grad for p in params]) is None
+    params[1].grad = torch.ones_like(params[1])
+    expected = gk.get_total_norm([p.grad for p in params])
+    opt.step()
+    assert same_bits(opt.grad_norm, expected)
+    assert same_bits(accumulator.norm(), expected)
+    assert known_partials([p.grad for p in params][:-1]) is None
+    assert known_partials([]) is None

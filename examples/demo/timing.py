@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 import gradkern as gk
 
@@ -17,21 +16,6 @@ from .figures import Timing
 __all__ = ["time_update_cycle", "time_whole_step"]
 
 _WARM_UP = 2
-
-
-class _Deliver(torch.autograd.Function):
-    """A backward pass that costs nothing: hands prepared gradients to the parameters as autograd would."""
-
-    @staticmethod
-    def forward(ctx: Any, box: list[tuple[torch.Tensor, ...]], *params: torch.Tensor) -> torch.Tensor:
-        ctx.box = box
-        return params[0].new_zeros(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Popped: autograd owns them alone and may hand them over without a copy, as in a real backward.
-        return (None, *ctx.box.pop())
 
 
 def time_update_cycle(
@@ -46,10 +30,11 @@ def time_update_cycle(
         rounds: Interleaved rounds; the best one of each side counts.
 
     Returns:
-        The timing. Bytes are counted as passes over the fp32 parameters' size S. Autograd hands the first
-        micro-batch's gradient over and adds each later one (3 S: two reads, one write). Then torch reads the
-        gradients for the norm (S), scales them (2 S) and steps (7 S: parameter and two moments read and
-        written, gradient read); gradkern takes the norm (S) and clips and steps in one pass (7 S).
+        The timing. Bytes are counted as passes over the fp32 parameters' size S. Both take the first
+        micro-batch's gradients as they are, as autograd hands them over, and add each later one (3 S: two
+        reads, one write), torch tensor by tensor, gradkern in one call. Then torch reads the gradients for the
+        norm (S), scales them (2 S) and steps (7 S: parameter and two moments read and written, gradient read);
+        gradkern has the norm from the last addition and clips and steps in one pass (7 S).
     """
     ours, theirs = _update_cycles(model, max_norm)
     accumulate = len(gradients)
@@ -64,7 +49,7 @@ def time_update_cycle(
         name=f"accumulate {accumulate}, clip, step, zero",
         ours_s=ours_s,
         torch_s=theirs_s,
-        ours_bytes=(adds + 1 + 7) * size,
+        ours_bytes=(adds + 7) * size,
         torch_bytes=(adds + 1 + 2 + 7) * size,
         rounds=rounds,
     )
@@ -77,31 +62,27 @@ def time_whole_step(model: torch.nn.Module, batches: Sequence[torch.Tensor], *, 
     return Timing("forward, backward, update", ours_s, theirs_s, None, None, rounds)
 
 
-def _optimizers(
-    model: torch.nn.Module, max_norm: float
-) -> tuple[tuple[torch.nn.Module, gk.AdamW], tuple[torch.nn.Module, torch.optim.AdamW]]:
-    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
-    return (
-        (ours, gk.AdamW(ours.parameters(), lr=1e-4, max_norm=max_norm)),
-        (theirs, torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)),
-    )
-
-
 def _update_cycles(
     model: torch.nn.Module, max_norm: float
 ) -> tuple[Callable[[list[Any]], None], Callable[[list[Any]], None]]:
-    (our_model, our_optimizer), (their_model, their_optimizer) = _optimizers(model, max_norm)
-    our_params, their_params = list(our_model.parameters()), list(their_model.parameters())
+    our_params, their_params = (list(copy.deepcopy(model).parameters()) for _ in range(2))
+    our_optimizer = gk.AdamW(our_params, lr=1e-4, max_norm=max_norm)
+    their_optimizer = torch.optim.AdamW(their_params, lr=1e-4, fused=True)
+    our_optimizer.detach()  # no backward runs here: the accumulator folds what it is given
+    accumulator = gk.GradAccumulator(our_params)
 
     def ours(prepared: list[Any]) -> None:
-        while prepared:
-            _Deliver.apply(prepared, *our_params).backward()
+        _take(our_params, prepared.pop())
+        for gradients in prepared:
+            accumulator.accumulate_(gradients)
         our_optimizer.step()
         our_optimizer.zero_grad()
 
     def theirs(prepared: list[Any]) -> None:
-        while prepared:
-            _Deliver.apply(prepared, *their_params).backward()
+        _take(their_params, prepared.pop())
+        for gradients in prepared:
+            for param, gradient in zip(their_params, gradients, strict=True):
+                param.grad.add_(gradient)
         torch.nn.utils.clip_grad_norm_(their_params, max_norm, foreach=True)
         their_optimizer.step()
         their_optimizer.zero_grad()
@@ -109,21 +90,31 @@ def _update_cycles(
     return ours, theirs
 
 
+def _take(params: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor]) -> None:
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
+
+
 def _whole_steps(
     model: torch.nn.Module, max_norm: float
 ) -> tuple[Callable[[list[Any]], None], Callable[[list[Any]], None]]:
-    (our_model, our_optimizer), (their_model, their_optimizer) = _optimizers(model, max_norm)
+    # One set of parameters for both: two copies differ by where they lie in memory more than by their optimizers.
+    model = copy.deepcopy(model)
+    our_optimizer = gk.AdamW(model.parameters(), lr=1e-4, max_norm=max_norm)
+    their_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def accumulate(batches: list[Any]) -> None:
+        for rows in batches:
+            (model(input_ids=rows, labels=rows).loss / len(batches)).backward()
 
     def ours(batches: list[Any]) -> None:
-        for rows in batches:
-            (our_model(input_ids=rows, labels=rows).loss / len(batches)).backward()
+        accumulate(batches)
         our_optimizer.step()
         our_optimizer.zero_grad()
 
     def theirs(batches: list[Any]) -> None:
-        for rows in batches:
-            (their_model(input_ids=rows, labels=rows).loss / len(batches)).backward()
-        torch.nn.utils.clip_grad_norm_(their_model.parameters(), max_norm, foreach=True)
+        accumulate(batches)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
         their_optimizer.step()
         their_optimizer.zero_grad()
 

@@ -8,6 +8,8 @@ operand. The table is rebuilt only where an address changed, and it never keeps 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import attrgetter
 
 import torch
 
@@ -17,7 +19,14 @@ __all__ = ["AddressTable", "Operands"]
 
 Column = Sequence[torch.Tensor] | None
 
+# Attributes by way of map(): a table of 1,500 tensors is checked at every step.
 _data_ptr = torch.Tensor.data_ptr
+_is_contiguous = torch.Tensor.is_contiguous
+_numel = torch.Tensor.numel
+_stride = torch.Tensor.stride
+_shape = attrgetter("shape")
+_dtype = attrgetter("dtype")
+_device = attrgetter("device")
 
 
 class AddressTable:
@@ -27,11 +36,12 @@ class AddressTable:
         chunks: Chunks of all rows together.
     """
 
-    __slots__ = ("_addresses", "_data", "_device_data", "_dtypes", "_layouts", "chunks")
+    __slots__ = ("_addresses", "_data", "_device_data", "_dtypes", "_shapes", "_strides", "chunks")
 
     def __init__(self) -> None:
         self._addresses: dict[str, list[int]] = {}
-        self._layouts: list[tuple[torch.Size, tuple[int, ...]]] = []
+        self._shapes: list[torch.Size] = []
+        self._strides: list[tuple[int, ...]] | None = None  # None: all contiguous
         self._dtypes: dict[str, torch.dtype | None] = {}
         self._data = torch.empty(0, 2, dtype=torch.int64)
         self._device_data: torch.Tensor | None = None
@@ -86,7 +96,8 @@ class AddressTable:
     def _reset(self, rows: int, names: list[str]) -> None:
         self._addresses = {name: [] for name in names}
         self._dtypes = dict.fromkeys(names)
-        self._layouts = []
+        self._shapes = []
+        self._strides = None
         self._data = torch.zeros(rows, 2 + len(names), dtype=torch.int64)
         self._device_data = None
         self.chunks = 0
@@ -117,43 +128,51 @@ class AddressTable:
         if dtype not in DTYPE_CODES:
             raise TypeError(
                 f"{op}: {name}[0] has dtype {dtype}, kernels store {', '.join(map(str, DTYPE_CODES))}; "
-                "use backend='reference'"
+                "convert it or leave it to torch"
             )
-        for i, tensor in enumerate(tensors):
-            if tensor.dtype != dtype or tensor.device != device:
-                raise ValueError(
-                    f"{op}: {name}[{i}] is {tensor.dtype} on {tensor.device}, expected {dtype} on {device} "
-                    "like the others; call once per dtype and device"
-                )
+        if set(map(_dtype, tensors)) != {dtype} or set(map(_device, tensors)) != {device}:
+            i, tensor = next((i, t) for i, t in enumerate(tensors) if t.dtype != dtype or t.device != device)
+            raise ValueError(
+                f"{op}: {name}[{i}] is {tensor.dtype} on {tensor.device}, expected {dtype} on {device} like the "
+                "others; call once per dtype and device"
+            )
         self._dtypes[name] = dtype
 
     def _set_layouts(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        layouts = []
-        sizes = []
-        first_chunks = []
-        chunks = 0
-        for i, tensor in enumerate(tensors):
-            if not is_dense(tensor):
-                raise ValueError(
-                    f"{op}: {name}[{i}] has gaps or overlaps (shape {tuple(tensor.shape)}, stride {tensor.stride()}), "
-                    "expected dense memory; call .contiguous()"
-                )
-            layouts.append((tensor.shape, tensor.stride()))
-            numel = tensor.numel()
-            sizes.append(numel)
-            first_chunks.append(chunks)
-            chunks += chunk_count(numel)
-        self._layouts = layouts
-        self.chunks = chunks
-        self._data[:, 0] = torch.tensor(sizes, dtype=torch.int64)
-        self._data[:, 1] = torch.tensor(first_chunks, dtype=torch.int64)
+        shapes = list(map(_shape, tensors))
+        strides = None if all(map(_is_contiguous, tensors)) else list(map(_stride, tensors))
+        if strides is not None:
+            for i, tensor in enumerate(tensors):
+                if not is_dense(tensor):
+                    raise ValueError(
+                        f"{op}: {name}[{i}] has gaps or overlaps (shape {tuple(tensor.shape)}, stride "
+                        f"{tensor.stride()}), expected dense memory; call .contiguous()"
+                    )
+        if shapes != self._shapes:
+            sizes = list(map(_numel, tensors))
+            first_chunks = list(accumulate(map(chunk_count, sizes), initial=0))
+            self.chunks = first_chunks.pop()
+            self._data[:, 0] = torch.tensor(sizes, dtype=torch.int64)
+            self._data[:, 1] = torch.tensor(first_chunks, dtype=torch.int64)
+        self._shapes = shapes
+        self._strides = strides
 
     def _check_layouts(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        for i, (tensor, (shape, stride)) in enumerate(zip(tensors, self._layouts, strict=True)):
-            if tensor.shape != shape or (tensor.stride() != stride and not tensor.numel() <= 1):
+        if self._strides is None:
+            fits = list(map(_shape, tensors)) == self._shapes and all(map(_is_contiguous, tensors))
+        else:
+            fits = list(map(_shape, tensors)) == self._shapes and list(map(_stride, tensors)) == self._strides
+        if fits:
+            return
+        for i, tensor in enumerate(tensors):
+            shape = self._shapes[i]
+            # Strides of a dimension of size one mean nothing: torch calls such tensors contiguous as well.
+            same = tensor.is_contiguous() if self._strides is None else tensor.stride() == self._strides[i]
+            if tensor.shape != shape or not same:
+                expected = "contiguous" if self._strides is None else f"stride {self._strides[i]}"
                 raise ValueError(
                     f"{op}: {name}[{i}] has shape {tuple(tensor.shape)} and stride {tensor.stride()}, expected shape "
-                    f"{tuple(shape)} and stride {stride} as in the first operand; copy it into that layout first"
+                    f"{tuple(shape)}, {expected}, as in the first operand; copy it into that layout first"
                 )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from gradkern import functional
-from gradkern.grad_fold import FOLD_MIN_NUMEL, GradFold
+from gradkern.grad_fold import FOLD_MIN_NUMEL, GradFold, known_partials
 from gradkern.ops._chunks import DTYPE_CODES, is_dense
 from gradkern.ops._table import AddressTable
 from gradkern.ops.step_scalars import reference as scalar_layout
@@ -322,6 +322,9 @@ class FusedStepMixin(torch.optim.Optimizer):
         if not bucket.kernel:
             norms = torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).double() for g in bucket.grads])
             return [norms.square()]
+        listed = known_partials(bucket.grads) if trusted else None
+        if listed is not None:
+            return [listed]
         folded: list[torch.Tensor] = []
         rest = bucket.grads
         if trusted and self._fold.size:
