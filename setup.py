@@ -70,7 +70,8 @@ def ninja_file(build: Path, out: Path) -> str:
         lines.extend([f"build {out / name}: link {' '.join(objects)}", f"  libs = {links}"])
 
     library("_C.so", ["csrc/ops.cpp", "csrc/cpu/isa.cpp"], f"{include} {stable}", "-ltorch_cpu -lc10")
-    library("_alloc.so", ["csrc/alloc/alloc.cpp"], f"{include} {abi}", "-lc10")
+    # nodelete: memory that the hook handed out may outlive every reference to the library.
+    library("_alloc.so", ["csrc/alloc/alloc.cpp"], f"{include} {abi}", "-lc10 -Wl,-z,nodelete")
     return "\n".join(lines) + "\n"
 
 
