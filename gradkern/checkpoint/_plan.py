@@ -14,7 +14,7 @@ from torch import nn
 
 from gradkern.checkpoint._bytes import format_bytes
 from gradkern.checkpoint._fingerprint import Fingerprint
-from gradkern.checkpoint._recompute import apply_recompute, is_applied, remove_recompute
+from gradkern.checkpoint._recompute import applied_within, apply_recompute, is_applied, remove_recompute
 
 __all__ = ["Plan", "UnitPlan"]
 
@@ -91,6 +91,12 @@ class Plan:
         if is_applied(model):
             which = "this plan" if is_applied(model, self._id) else "another plan"
             raise RuntimeError(f"{which} is applied to this model already; remove it first")
+        planned = applied_within(model)
+        if planned is not None:
+            raise RuntimeError(
+                f"a plan made for another model reaches into this one, at {planned!r}; remove that plan from the "
+                "model it was applied to first"
+            )
         apply_recompute(model, self._recompute(), plan_id=self._id)
 
     def remove(self, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from gradkern.checkpoint._optimizer import OptimizerCost, measure_optimizer
 from gradkern.checkpoint._plan import Plan, UnitPlan
 from gradkern.checkpoint._preserve import Preserved, preserved
 from gradkern.checkpoint._profile import HEAD, STEM, CycleCost, Trial
-from gradkern.checkpoint._recompute import is_applied
+from gradkern.checkpoint._recompute import applied_within, uses_cache
 from gradkern.checkpoint._solver import Option, extra_seconds, least_capacity, solve
 from gradkern.checkpoint._storages import live_bytes, require_cpu, storages_of, tensors_of
 from gradkern.checkpoint._units import WHOLE_MODEL, find_units, unit_module
@@ -153,8 +154,12 @@ def _check_arguments(
         raise TypeError(f"plan: recorder must have a method held_bytes(), got {type(recorder).__name__}")
     for root in (model, batch, optimizer):
         require_cpu("plan", tensors_of(root))
-    if is_applied(model):
-        raise RuntimeError("a plan is applied to this model; remove it before planning again")
+    planned = applied_within(model)
+    if planned is not None:
+        raise RuntimeError(
+            f"a plan is applied to this model or reaches into it, at {planned or 'the model itself'!r}; remove it "
+            "before planning again"
+        )
     for name, module in model.named_modules():
         if getattr(module, "gradient_checkpointing", False):
             raise RuntimeError(
@@ -174,17 +179,20 @@ def _search(
 ) -> _Outcome:
     """Profile, solve and confirm, with the model's state put aside."""
     with preserved(model) as aside, torch.enable_grad():
-        trial = Trial(model, batch, loss_fn, accumulate)
-        names = trial.order_of(find_units(model)) or [WHOLE_MODEL]
-        trial.warm_up()
-        buffers = _mutated_buffers(names, aside.changed_buffers(model))
+        trial = Trial(model, batch, loss_fn, accumulate, aside.rewind_generators)
+        names, repeatable = trial.survey(find_units(model))
+        changed = aside.changed_buffers()
+        buffers = {name: _mutated_buffers(model, name, changed) for name in names if name in repeatable}
+        trial.warm_up(buffers)
         kept, recomputed = trial.measure(names, {}), trial.measure(names, buffers)
+        # A plan turns key/value caches off, so its cycle with everything kept is not that of the model as it is.
+        natural = trial.measure(names) if uses_cache(model) else kept
         optimizer_cost = OptimizerCost(0, 0) if optimizer is None else measure_optimizer(optimizer, kept.has_grad)
         fixed_bytes = _fixed_bytes(aside, recorder, model, optimizer, batch) + optimizer_cost.missing_state_bytes
         runs = _Runs(trial, names, buffers, fixed_bytes, optimizer_cost.step_bytes)
-        runs.know(_KEEP, kept)
-        runs.know(_RECOMPUTE, recomputed)
-        options = _options(model, names, kept, recomputed)
+        options = _options(model, names, buffers, kept, recomputed)
+        runs.know(tuple(_KEEP for _ in options), kept)
+        runs.know(tuple(len(unit) - 1 for unit in options), recomputed)
         found = _fit(options, budget_bytes, runs)
         step_s = math.fsum(span.forward_s + span.backward_s for span in kept.spans)
         return _Outcome(
@@ -192,7 +200,7 @@ def _search(
             buffers=buffers,
             kept=kept,
             recomputed=recomputed,
-            natural_peak_bytes=runs.absolute(trial.measure(names)),
+            natural_peak_bytes=runs.absolute(natural),
             least_feasible_bytes=found.least_feasible_bytes,
             choices=found.choices,
             predicted_peak_bytes=found.peak_bytes,
@@ -233,9 +241,9 @@ class _Runs:
         """Peak of the step that this cycle belongs to, the optimizer's part included."""
         return self.fixed_bytes + max(cycle.peak_bytes, cycle.end_bytes + self._step_bytes)
 
-    def know(self, option: int, cycle: CycleCost) -> None:
-        """Enter the run in which every unit had the same option."""
-        self._peaks[(option,) * len(self._names)] = self.absolute(cycle)
+    def know(self, choices: tuple[int, ...], cycle: CycleCost) -> None:
+        """Enter a run of one choice for stem, units and head."""
+        self._peaks[choices[1:-1]] = self.absolute(cycle)
 
     def peak(self, choices: tuple[int, ...]) -> int:
         """Peak of a step under a choice of option for stem, units and head."""
@@ -276,14 +284,18 @@ def _fit(options: list[list[Option]], budget_bytes: int, runs: _Runs) -> _Found:
     )
 
 
-def _options(model: nn.Module, names: list[str], kept: CycleCost, recomputed: CycleCost) -> list[list[Option]]:
-    """Options of every span; stem and head have one, ``keep``.
+def _options(
+    model: nn.Module, names: list[str], recomputable: Container[str], kept: CycleCost, recomputed: CycleCost
+) -> list[list[Option]]:
+    """Options of every span; stem, head and units that cannot be recomputed have one, ``keep``.
 
     Times are noisy, and noise must not decide between equal units: units of one class that save the same
     bytes share the median of their times.
     """
     kinds: dict[tuple[type[nn.Module], int, int], list[int]] = {}
     for index, name in enumerate(names, start=1):
+        if name not in recomputable:
+            continue
         saved = kept.spans[index].saved_bytes, recomputed.spans[index].saved_bytes
         kinds.setdefault((type(unit_module(model, name)), *saved), []).append(index)
     forward_s = {
@@ -306,13 +318,20 @@ def _options(model: nn.Module, names: list[str], kept: CycleCost, recomputed: Cy
     return options
 
 
-def _mutated_buffers(names: list[str], changed: list[str]) -> dict[str, tuple[str, ...]]:
-    """Sort the changed buffers by unit, named from the unit."""
-    buffers = {}
-    for name in names:
-        prefix = "" if name == WHOLE_MODEL else name + "."
-        buffers[name] = tuple(buffer.removeprefix(prefix) for buffer in changed if buffer.startswith(prefix))
-    return buffers
+def _mutated_buffers(model: nn.Module, name: str, changed: list[str]) -> tuple[str, ...]:
+    """Buffers, named from the unit, that its forward changes, or may change once all of it is in train mode.
+
+    What modules now in eval mode will change when they train is not seen by running the model, and putting them
+    into train mode for a try can fail (BatchNorm refuses a batch of one); so all their buffers count.
+    """
+    unit = unit_module(model, name)
+    prefix = "" if name == WHOLE_MODEL else name + "."
+    found = dict.fromkeys(buffer.removeprefix(prefix) for buffer in changed if buffer.startswith(prefix))
+    for path, module in unit.named_modules(remove_duplicate=False):
+        if not module.training:
+            inner = (buffer for buffer, _ in module.named_buffers(remove_duplicate=False))
+            found.update(dict.fromkeys(f"{path}.{buffer}" if path else buffer for buffer in inner))
+    return tuple(found)
 
 
 def _fixed_bytes(aside: Preserved, recorder: HoldsBytes | None, *roots: object) -> int:

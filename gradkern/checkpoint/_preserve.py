@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,26 +26,73 @@ class Preserved:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.torch_rng = torch.get_rng_state()
+        self.model = model
+        self.generators = _Generators.now()
         self.training = {module: module.training for module in model.modules()}
-        self.buffers = {
-            name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers(remove_duplicate=False)
+        self.registered = {
+            module: (dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()
         }
+        self.buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
         self.grads = {
             param: (param.grad, param.grad.detach().clone()) for param in model.parameters() if param.grad is not None
         }
 
     def held_bytes(self, allocator: CountingAllocator) -> int:
         """Bytes that ``allocator`` counts now and would not in a normal step."""
-        copies = [copy for _, copy in self.buffers.values()]
         grads = [tensor for pair in self.grads.values() for tensor in pair]
-        held = storages_of([self.torch_rng, *copies, *grads]).values()
+        held = storages_of([self.generators.torch_state, *self.buffers.values(), *grads]).values()
         return sum(storage.nbytes() for storage in held if allocator.owns(storage))
 
-    def changed_buffers(self, model: nn.Module) -> list[str]:
-        """Names of the buffers whose bits differ from when they were put aside."""
-        now = dict(model.named_buffers(remove_duplicate=False))
-        return [name for name, (_, copy) in self.buffers.items() if not same_bits(now[name], copy)]
+    def changed_buffers(self) -> list[str]:
+        """Names of the buffers, still there, whose tensor or bits are not those that were put aside."""
+        changed = []
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            before, _ = self.registered.get(module, ({}, set()))
+            for name, buffer in before.items():
+                now = module._buffers.get(name)
+                if buffer is None or now is None:
+                    continue
+                if now is not buffer or not same_bits(now, self.buffers[buffer]):
+                    changed.append(f"{prefix}.{name}" if prefix else name)
+        return changed
+
+    def rewind_generators(self) -> None:
+        """Set the global generators of torch, Python and numpy to where they were."""
+        self.generators.restore()
+
+    def restore(self) -> None:
+        """Put everything back: what cannot fail first, for a user's gradients exist nowhere else."""
+        self.rewind_generators()
+        for module, training in self.training.items():
+            module.training = training
+        for param in self.model.parameters():
+            aside = self.grads.get(param)
+            param.grad = None if aside is None else _restored(*aside)
+        for module, (buffers, non_persistent) in self.registered.items():
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(non_persistent)
+        for buffer, copy in self.buffers.items():
+            _restored(buffer, copy)
+
+
+@dataclass(frozen=True)
+class _Generators:
+    """States of the global generators."""
+
+    torch_state: Tensor
+    python_state: tuple[Any, ...]
+    numpy_state: dict[str, Any]
+
+    @classmethod
+    def now(cls) -> _Generators:
+        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False))  # noqa: NPY002
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.torch_state)
+        random.setstate(self.python_state)
+        np.random.set_state(self.numpy_state)  # noqa: NPY002
 
 
 @contextmanager
@@ -54,8 +103,6 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
     little); one in train mode keeps the modes of all its modules.
     """
     kept = Preserved(model)
-    python_rng = random.getstate()
-    numpy_rng = np.random.get_state()  # noqa: NPY002
     try:
         if not model.training:
             model.train()
@@ -63,21 +110,13 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
             param.grad = None
         yield kept
     finally:
-        torch.set_rng_state(kept.torch_rng)
-        random.setstate(python_rng)
-        np.random.set_state(numpy_rng)  # noqa: NPY002
-        for module, training in kept.training.items():
-            module.training = training
-        for name, (buffer, copy) in kept.buffers.items():
-            path, _, leaf = name.rpartition(".")
-            model.get_submodule(path)._buffers[leaf] = _restored(buffer, copy)
-        for param in model.parameters():
-            aside = kept.grads.get(param)
-            param.grad = None if aside is None else _restored(*aside)
+        kept.restore()
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bits (any NaN equal only to its own bits)."""
+    """Whether two tensors have one shape and dtype and the same bits (any NaN equal only to its own bits)."""
+    if (left.shape, left.dtype, left.layout) != (right.shape, right.dtype, right.layout):
+        return False
     left, right = left.detach(), right.detach()
     if left.layout is not torch.strided or left.numel() == 0:
         return torch.equal(left, right)
@@ -86,7 +125,9 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 def _restored(tensor: Tensor, copy: Tensor) -> Tensor:
     """The tensor itself, rewritten only if its bits changed, so that version counters mostly stay."""
-    if not same_bits(tensor, copy):
+    if (tensor.shape, tensor.dtype) != (copy.shape, copy.dtype):
+        tensor.data = copy
+    elif not same_bits(tensor, copy):
         with torch.no_grad():
             tensor.copy_(copy)
     return tensor

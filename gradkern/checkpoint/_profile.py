@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradkern.checkpoint._meter import Mark, Meter, make_meter
 from gradkern.checkpoint._recompute import apply_recompute, remove_recompute
+from gradkern.checkpoint._survey import find_order, find_repeatable
 from gradkern.checkpoint._units import unit_module
 from gradkern.loss import Batch, LossFn, compute_loss
 
@@ -75,35 +76,35 @@ class Trial:
         loss_fn: See there.
         accumulate: Micro-batches a step. Two stand for any larger number: from the second on each finds the
             gradients of all parameters made.
+        rewind: Sets the global generators back; called before every cycle, so that all run the same program.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, accumulate: int) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, accumulate: int, rewind: Callable[[], None]
+    ) -> None:
         self.model = model
         self.batch = batch
         self.loss_fn = loss_fn
         self.micro_batches = min(accumulate, 2)
+        self.rewind = rewind
 
-    def order_of(self, names: list[str]) -> list[str]:
-        """Return those of ``names`` that one forward pass calls exactly once, in the order of their calls."""
-        calls: list[str] = []
-        handles = [
-            unit_module(self.model, name).register_forward_pre_hook(partial(_note_call, calls, name)) for name in names
-        ]
-        try:
-            loss = compute_loss(self.model, self.batch, self.loss_fn)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not loss.requires_grad:
-            raise ValueError(
-                "the loss does not depend on any parameter that requires grad, so there is no backward pass "
-                "to plan for; set requires_grad on what is to be trained"
-            )
-        return [name for name in calls if calls.count(name) == 1]
+    def survey(self, candidates: list[str]) -> tuple[list[str], frozenset[str]]:
+        """Return the units among ``candidates`` in order of execution, and those of them that can be recomputed.
 
-    def warm_up(self) -> None:
-        """Run one cycle unmeasured, for what is allocated once and kept."""
-        self._cycle(_Boundaries([], None))
+        Raises:
+            ValueError: The loss has no gradient.
+        """
+        with _recomputing(self.model, {}):
+            self.rewind()
+            names, changed = find_order(self.model, candidates, self._forward, self.micro_batches)
+            self.rewind()
+            repeatable = find_repeatable(self.model, [name for name in names if name not in changed], self._forward)
+        return names, repeatable
+
+    def warm_up(self, recompute: dict[str, tuple[str, ...]]) -> None:
+        """Run one cycle unmeasured, for what is allocated once and kept; ``recompute`` as in ``measure``."""
+        with _recomputing(self.model, recompute):
+            self._cycle(_Boundaries([], None))
 
     def measure(self, units: list[str], recompute: dict[str, tuple[str, ...]] | None = None) -> CycleCost:
         """Run one cycle in its steady state.
@@ -130,8 +131,17 @@ class Trial:
         self._drop_gradients()
         return boundaries.read(meter.marks, has_grad)
 
+    def _forward(self) -> None:
+        """Run one forward pass."""
+        if not compute_loss(self.model, self.batch, self.loss_fn).requires_grad:
+            raise ValueError(
+                "the loss does not depend on any parameter that requires grad, so there is no backward pass "
+                "to plan for; set requires_grad on what is to be trained"
+            )
+
     def _cycle(self, boundaries: _Boundaries) -> None:
         """Run the micro-batches of one step as a training loop would."""
+        self.rewind()
         with boundaries.watching(self.model), torch.enable_grad():
             for _ in range(self.micro_batches):
                 boundaries.enter_forward(0)
@@ -207,6 +217,13 @@ class _Boundaries:
                 starts[interval.micro_batch, interval.span] = mark.live_bytes
             elif interval.span == self._head:
                 starts[interval.micro_batch, self._head + 1] = mark.live_bytes
+        for micro_batch, span in itertools.product(range(self._micro_batch + 1), range(1, self._head)):
+            if (micro_batch, span) not in starts:
+                raise ValueError(
+                    f"unit {self._units[span - 1]!r} ran in one forward pass and not in another on the same batch "
+                    "with the same random state; what a step costs cannot be measured: make the model run the same "
+                    "modules each time while planning"
+                )
         saved = [
             max(
                 starts[micro_batch, span + 1] - starts[micro_batch, span]
@@ -257,11 +274,6 @@ class _Boundaries:
         if span < self._backward_span:
             self._backward_span = span
             self._mark(_Interval(self._micro_batch, span, is_backward=True))
-
-
-def _note_call(calls: list[str], name: str, module: nn.Module, args: Any) -> None:
-    """Forward pre-hook."""
-    calls.append(name)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,12 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from gradkern.checkpoint._units import unit_module
 
-__all__ = ["apply_recompute", "is_applied", "remove_recompute"]
+__all__ = [
+    "applied_within",
+    "apply_recompute",
+    "buffers_replaced",
+    "is_applied",
+    "refuse_cache",
+    "remove_recompute",
+    "uses_cache",
+]
 
 _MARKER = "_gradkern_checkpoint"
 
@@ -27,7 +37,7 @@ class _Applied:
 
     plan_id: str
     unit_names: tuple[str, ...]
-    cache_hook: RemovableHandle | None
+    cache_hooks: tuple[RemovableHandle, ...]
 
 
 class RecomputedForward:
@@ -38,13 +48,15 @@ class RecomputedForward:
 
     Args:
         module: The unit.
-        mutated_buffers: Names of buffers that a forward in train mode changes, such as BatchNorm's running
-            statistics. Recomputation starts from their values before the forward and leaves no trace in them.
+        mutated_buffers: Names of buffers that a forward changes, such as BatchNorm's running statistics.
+            Recomputation starts from their values before the forward and leaves no trace in them.
+        plan_id: The plan that this belongs to.
     """
 
-    def __init__(self, module: nn.Module, mutated_buffers: tuple[str, ...]) -> None:
+    def __init__(self, module: nn.Module, mutated_buffers: tuple[str, ...], plan_id: str) -> None:
         self.module = module
         self.mutated_buffers = mutated_buffers
+        self.plan_id = plan_id
         # RReLU fills the noise that its backward needs after autograd has saved it; a recomputation that stops
         # at the last saved tensor would hand over noise not yet drawn.
         self.early_stop = not any(isinstance(part, nn.RReLU) for part in module.modules())
@@ -58,14 +70,25 @@ class RecomputedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._run(*args, **kwargs)
-        _refuse_cache(args, kwargs)
+        refuse_cache(args, kwargs)
+        values = (*args, *kwargs.values())
+        # Only tensors among the arguments of ``checkpoint`` itself are guarded against changes in place between
+        # forward and recomputation, so keywords go positionally and what containers hold goes along once more.
+        inside = [leaf for value in values for leaf in tree_leaves(value) if leaf is not value]
+        # torch.compile traces ``checkpoint`` only where no contexts are given.
+        contexts: dict[str, Any] = {"context_fn": self._forward_and_recompute} if self.mutated_buffers else {}
         return checkpoint(
-            partial(self._run, **kwargs),
-            *args,
+            partial(self._run_flat, len(args), tuple(kwargs)),
+            *values,
+            *(leaf for leaf in inside if isinstance(leaf, Tensor)),
             use_reentrant=False,
-            context_fn=self._forward_and_recompute,
             early_stop=self.early_stop,
+            **contexts,
         )
+
+    def _run_flat(self, count: int, names: tuple[str, ...], *values: Any) -> Any:
+        """Run with ``count`` positional arguments and then the named ones; what follows is not passed on."""
+        return self._run(*values[:count], **dict(zip(names, values[count:], strict=False)))
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.inner is not None:
@@ -74,10 +97,8 @@ class RecomputedForward:
 
     def _forward_and_recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts for the forward and for its recomputation."""
-        if not self.mutated_buffers or not self.module.training:
-            return nullcontext(), nullcontext()
         before = {name: self.module.get_buffer(name).detach().clone() for name in self.mutated_buffers}
-        return nullcontext(), _buffers_replaced(self.module, before)
+        return nullcontext(), buffers_replaced(self.module, before)
 
 
 def apply_recompute(model: nn.Module, mutated_buffers: Mapping[str, tuple[str, ...]], *, plan_id: str) -> None:
@@ -87,14 +108,19 @@ def apply_recompute(model: nn.Module, mutated_buffers: Mapping[str, tuple[str, .
         model: Mutated in place.
         mutated_buffers: For each unit to recompute, the buffers its forward changes.
         plan_id: Written down with the model, for ``is_applied``.
+
+    Raises:
+        ValueError: The model has no unit or no buffer of a given name; nothing is changed then.
     """
-    cache_hook = None
-    if mutated_buffers and "use_cache" in inspect.signature(model.forward).parameters:
-        cache_hook = model.register_forward_pre_hook(_without_cache, with_kwargs=True)
-    for name, buffers in mutated_buffers.items():
-        module = unit_module(model, name)
-        vars(module)["forward"] = RecomputedForward(module, buffers)
-    vars(model)[_MARKER] = _Applied(plan_id, tuple(mutated_buffers), cache_hook)
+    modules = {name: _resolved(model, name, buffers) for name, buffers in mutated_buffers.items()}
+    cache_hooks = tuple(
+        module.register_forward_pre_hook(partial(_without_cache, position), with_kwargs=True)
+        for module in model.modules()
+        for position in _cache_positions(module)
+    )
+    for name, module in modules.items():
+        vars(module)["forward"] = RecomputedForward(module, mutated_buffers[name], plan_id)
+    vars(model)[_MARKER] = _Applied(plan_id, tuple(mutated_buffers), cache_hooks)
 
 
 def remove_recompute(model: nn.Module) -> None:
@@ -109,7 +135,8 @@ def remove_recompute(model: nn.Module) -> None:
         raise RuntimeError("no checkpoint plan is applied to this model; nothing to remove")
     modules = [unit_module(model, name) for name in applied.unit_names]
     for name, module in zip(applied.unit_names, modules, strict=True):
-        if type(vars(module).get("forward")) is not RecomputedForward:
+        forward = vars(module).get("forward")
+        if type(forward) is not RecomputedForward or forward.plan_id != applied.plan_id:
             raise RuntimeError(
                 f"the forward of unit {name!r} was replaced after the plan was applied; undo that first, "
                 "then remove the plan"
@@ -120,8 +147,8 @@ def remove_recompute(model: nn.Module) -> None:
             del vars(module)["forward"]
         else:
             vars(module)["forward"] = inner
-    if applied.cache_hook is not None:
-        applied.cache_hook.remove()
+    for hook in applied.cache_hooks:
+        hook.remove()
     del vars(model)[_MARKER]
 
 
@@ -131,16 +158,55 @@ def is_applied(model: nn.Module, plan_id: str | None = None) -> bool:
     return applied is not None and plan_id in (None, applied.plan_id)
 
 
+def applied_within(model: nn.Module) -> str | None:
+    """Name the first module in ``model`` (itself: ``""``) that a plan was applied to or that it wrapped, if any."""
+    for name, module in model.named_modules():
+        if _MARKER in vars(module) or type(vars(module).get("forward")) is RecomputedForward:
+            return str(name)
+    return None
+
+
+def uses_cache(model: nn.Module) -> bool:
+    """Whether a plan on ``model`` would turn a key/value cache off somewhere."""
+    return any(_cache_positions(module) for module in model.modules())
+
+
+def _resolved(model: nn.Module, name: str, buffers: tuple[str, ...]) -> nn.Module:
+    """Return the module of a unit after checking that it and its buffers are there."""
+    try:
+        module = unit_module(model, name)
+        for buffer in buffers:
+            module.get_buffer(buffer)
+    except AttributeError as error:
+        raise ValueError(f"unit {name!r} does not fit this model: {error}; make a plan for this one") from error
+    return module
+
+
+def _cache_positions(module: nn.Module) -> list[int]:
+    """Where ``use_cache`` stands among the positional arguments of ``module``'s forward; empty without it.
+
+    A list, of one position at most; one past any call's arguments for a keyword-only argument.
+    """
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    return [
+        sys.maxsize if parameter.kind is inspect.Parameter.KEYWORD_ONLY else position
+        for position, parameter in enumerate(parameters)
+        if parameter.name == "use_cache"
+    ]
+
+
 def _without_cache(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    position: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: a key/value cache would be written a second time when a unit is recomputed."""
-    if torch.is_grad_enabled():
-        kwargs = {**kwargs, "use_cache": False}
-    return args, kwargs
+    if not torch.is_grad_enabled():
+        return args, kwargs
+    if position < len(args):
+        return (*args[:position], False, *args[position + 1 :]), kwargs
+    return args, {**kwargs, "use_cache": False}
 
 
-def _refuse_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def refuse_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise RuntimeError where a unit gets a key/value cache to write into."""
     for value in (*args, *kwargs.values()):
         if hasattr(value, "get_seq_length") and hasattr(value, "update"):
@@ -152,15 +218,16 @@ def _refuse_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _buffers_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+def buffers_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Let ``module`` see copies of ``values`` as its buffers for a while; its own are never written."""
     own: dict[str, Tensor] = {}
+    copies: dict[Tensor, Tensor] = {}  # by the buffer itself, for one may be registered under several names
     try:
         for name, value in values.items():
             path, _, leaf = name.rpartition(".")
             buffers = module.get_submodule(path)._buffers
             own[name] = module.get_buffer(name)
-            buffers[leaf] = value.clone()
+            buffers[leaf] = copies.setdefault(own[name], value.clone())
         yield
     finally:
         for name, buffer in own.items():
