@@ -37,7 +37,7 @@ def compute_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None = None) 
         The loss, a tensor of one element.
 
     Raises:
-        TypeError: ``batch`` is none of the three forms, or the result is not a tensor.
+        TypeError: ``loss_fn`` is not callable, ``batch`` is none of the three forms, or the result is not a tensor.
         ValueError: The loss has more than one element, a pair is not of length 2 or comes without
             ``loss_fn``, or the output holds no loss.
 
@@ -47,6 +47,8 @@ def compute_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None = None) 
         >>> compute_loss(model, (torch.ones(2, 3), torch.zeros(2, 1)), nn.functional.mse_loss).shape
         torch.Size([])
     """
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
     target: Any
     if isinstance(batch, Tensor):
         output, target = model(batch), batch

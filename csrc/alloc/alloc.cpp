@@ -16,19 +16,23 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <mutex>
 #include <vector>
 
 namespace {
 
 constexpr size_t kHeaderBytes = 64;  // keeps the 64-byte alignment that c10::alloc_cpu promises
+constexpr size_t kOverheadBytes = 2 * kHeaderBytes;
+constexpr uintptr_t kPageBytes = 4096;  // of the smallest pages; larger ones are multiples
 constexpr size_t kTimelineCapacity = 16384;
 constexpr uint64_t kOwnerTag = 0x9e3779b97f4a7c15ULL;
 constexpr int64_t kNoCap = -1;
 
 struct Header {
   uint64_t nbytes;
-  uint64_t owner;  // kOwnerTag ^ address of the data; cleared on free
+  uint64_t owner;   // kOwnerTag ^ address of the data; cleared on free
+  uint64_t offset;  // of the data in the block that c10::alloc_cpu gave
 };
 static_assert(sizeof(Header) <= kHeaderBytes);
 
@@ -49,6 +53,8 @@ std::vector<Sample> timeline;
 size_t events_per_sample = 1;
 size_t events_in_last_sample = 0;
 std::chrono::steady_clock::time_point record_start;
+
+bool is_page_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kPageBytes == 0; }
 
 Header* header_of(void* data) { return reinterpret_cast<Header*>(static_cast<char*>(data) - kHeaderBytes); }
 
@@ -87,7 +93,7 @@ bool try_add(int64_t nbytes) {
   }
   int64_t live = live_bytes.load(std::memory_order_relaxed);
   do {
-    if (live + nbytes > cap) return false;
+    if (nbytes > cap - live) return false;  // both sides cannot overflow: live and cap are not negative
   } while (!live_bytes.compare_exchange_weak(live, live + nbytes, std::memory_order_relaxed));
   return true;
 }
@@ -110,25 +116,30 @@ void count_free(int64_t nbytes) {
   record_locked(live_bytes.fetch_sub(nbytes, std::memory_order_relaxed) - nbytes);
 }
 
+// The one deleter of allocate and raw_deleter, which c10::Allocator requires to be the same.
 void release(void* data) {
   if (data == nullptr) return;
-  Header* header = header_of(data);
   c10::profiledCPUMemoryReporter().Delete(data);
   // oneDNN keeps blocks it took by raw_allocate before we were installed and gives them back through our
-  // raw_deleter. Those carry no header. Reading one is safe: malloc's own bookkeeping lies before the block.
-  if (header->owner != (kOwnerTag ^ reinterpret_cast<uint64_t>(data))) {
+  // raw_deleter. Those carry no header, and what lies before one is not ours: it may be unmapped where the block
+  // begins a page, so blocks of ours never do; within a page it can be read.
+  Header* header = header_of(data);
+  if (is_page_aligned(data) || header->owner != (kOwnerTag ^ reinterpret_cast<uint64_t>(data))) {
     c10::free_cpu(data);
     return;
   }
   header->owner = 0;
   count_free(static_cast<int64_t>(header->nbytes));
-  c10::free_cpu(header);
+  c10::free_cpu(static_cast<char*>(data) - header->offset);
 }
 
 class CountingAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t nbytes) override {
     if (nbytes == 0) return {nullptr, nullptr, &release, c10::Device(c10::DeviceType::CPU)};
+    // More than that no machine has; c10::alloc_cpu says so where no cap does.
+    constexpr size_t kMaxBytes = std::numeric_limits<int64_t>::max() - kOverheadBytes;
+    nbytes = std::min(nbytes, kMaxBytes);
     if (!count_allocation(static_cast<int64_t>(nbytes))) {
       refused_count.fetch_add(1, std::memory_order_relaxed);
       c10::profiledCPUMemoryReporter().OutOfMemory(nbytes);
@@ -138,13 +149,15 @@ class CountingAllocator final : public c10::Allocator {
     }
     void* block = nullptr;
     try {
-      block = c10::alloc_cpu(nbytes + kHeaderBytes);
+      block = c10::alloc_cpu(nbytes + kOverheadBytes);
     } catch (...) {
       count_free(static_cast<int64_t>(nbytes));
       throw;
     }
-    void* data = static_cast<char*>(block) + kHeaderBytes;
-    *header_of(data) = Header{nbytes, kOwnerTag ^ reinterpret_cast<uint64_t>(data)};
+    size_t offset = kHeaderBytes;
+    if (is_page_aligned(static_cast<char*>(block) + offset)) offset += kHeaderBytes;
+    void* data = static_cast<char*>(block) + offset;
+    *header_of(data) = Header{nbytes, kOwnerTag ^ reinterpret_cast<uint64_t>(data), offset};
     c10::profiledCPUMemoryReporter().New(data, nbytes);
     return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }

@@ -16,6 +16,7 @@ __all__ = ["LIBRARY", "CountingAllocator", "allocator_unavailable_reason", "load
 LIBRARY = Path(__file__).resolve().parents[1] / "_alloc.so"
 
 _TIMELINE_CAPACITY = 16384
+_MAX_BYTES = 2**63 - 1
 
 
 class CountingAllocator:
@@ -78,7 +79,7 @@ class CountingAllocator:
 
     def set_cap(self, cap_bytes: int | None) -> None:
         """Refuse allocations that would raise ``live_bytes`` above the cap; None lifts it."""
-        self._library.gradkern_alloc_set_cap(-1 if cap_bytes is None else cap_bytes)
+        self._library.gradkern_alloc_set_cap(-1 if cap_bytes is None else min(cap_bytes, _MAX_BYTES))
         self.cap_bytes = cap_bytes
 
 

@@ -39,7 +39,8 @@ def measure_optimizer(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tens
         has_grad: The parameters that receive a gradient.
 
     Raises:
-        ValueError: The optimizer cannot step without a closure.
+        ValueError: The optimizer cannot step without a closure, or its deep copy cannot be made or cannot step:
+            ``torch.optim.Optimizer`` drops attributes that a subclass sets itself when it is copied.
     """
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -47,6 +48,20 @@ def measure_optimizer(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tens
             f"{type(optimizer).__name__}.step needs a closure, so its memory cannot be measured by a dry "
             "run; plan with optimizer=None and leave room in the budget for its state"
         )
+    try:
+        return _measure_copy(optimizer, has_grad)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, copy.Error) as error:
+        raise ValueError(
+            f"a deep copy of this {type(optimizer).__name__} cannot step, so its memory cannot be measured by a dry "
+            f"run ({type(error).__name__}: {error}); plan with optimizer=None and leave room in the budget for its "
+            "state, or give it a __deepcopy__ that copies its own attributes too"
+        ) from error
+
+
+def _measure_copy(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tensor]) -> OptimizerCost:
+    """Measure by stepping a copy."""
     originals = [param for group in optimizer.param_groups for param in group["params"]]
     trial = copy.deepcopy(optimizer)
     copies = [param for group in trial.param_groups for param in group["params"]]

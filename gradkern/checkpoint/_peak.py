@@ -28,7 +28,8 @@ class Peak(Generic[T]):
     Attributes:
         peak_bytes: Largest number of bytes alive at once, everything counted.
         start_bytes: Bytes alive when the call began.
-        timeline: (seconds since the call began, live bytes), in order; bounded, and the peak is always in it.
+        timeline: (seconds since the call began, live bytes), in order, the peak among them; at most 16384 samples
+            with the hook, one for every allocation and free with the profiler.
         result: What the call returned.
         source: ``"allocator"`` (the hook counted) or ``"profiler"`` (the hook is not available here).
     """

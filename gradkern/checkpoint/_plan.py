@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,9 @@ from typing import Any, Literal
 from torch import nn
 
 from gradkern.checkpoint._bytes import format_bytes
-from gradkern.checkpoint._fingerprint import Fingerprint
+from gradkern.checkpoint._fingerprint import Fingerprint, TensorInfo
 from gradkern.checkpoint._recompute import applied_within, apply_recompute, is_applied, remove_recompute
+from gradkern.checkpoint._units import HEAD, STEM
 
 __all__ = ["Plan", "UnitPlan"]
 
@@ -113,20 +115,24 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON. The file appears complete or not at all; an older one is replaced.
 
+        A new file gets the permissions that the process gives any new file, one replaced keeps its own.
+
         Raises:
             OSError: The folder does not exist or cannot be written.
         """
         target = Path(path)
         document = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8") as file:
+                if target.exists():
+                    temporary.chmod(stat.S_IMODE(target.stat().st_mode))
                 json.dump(document, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).replace(target)
+            temporary.replace(target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -201,8 +207,10 @@ class Plan:
         values["units"] = tuple(_read_unit(unit) for unit in _checked("units", document["units"], list))
         stored = _checked("fingerprint", document["fingerprint"], dict)
         values["fingerprint"] = Fingerprint(
-            _checked("model_class", stored["model_class"], str),
-            tuple((name, tuple(shape), dtype) for name, shape, dtype in stored["parameters"]),
+            model_class=_checked("model_class", stored["model_class"], str),
+            modules=tuple(_checked("modules", name, str) for name in _checked("modules", stored["modules"], list)),
+            parameters=_read_tensors("parameters", stored["parameters"]),
+            buffers=_read_tensors("buffers", stored["buffers"]),
         )
         return cls(**values)
 
@@ -214,9 +222,31 @@ def _checked(name: str, value: Any, expected: type | tuple[type, ...]) -> Any:
     return value
 
 
+def _read_tensors(field: str, stored: Any) -> tuple[TensorInfo, ...]:
+    """Rebuild the (name, shape, dtype) of a fingerprint."""
+    return tuple(
+        (
+            _checked(field, name, str),
+            tuple(_checked(field, size, int) for size in _checked(field, shape, list)),
+            _checked(field, dtype, str),
+        )
+        for name, shape, dtype in _checked(field, stored, list)
+    )
+
+
 def _read_unit(stored: dict[str, Any]) -> UnitPlan:
     """Rebuild one unit."""
-    unit = UnitPlan(**{**stored, "mutated_buffers": tuple(stored["mutated_buffers"])})
+    for field in ("name", "option"):
+        _checked(field, stored[field], str)
+    for field in ("saved_bytes", "recompute_saved_bytes"):
+        _checked(field, stored[field], int)
+    for field in ("forward_s", "backward_s"):
+        _checked(field, stored[field], (int, float))
+    buffers = _checked("mutated_buffers", stored["mutated_buffers"], list)
+    mutated_buffers = tuple(_checked("mutated_buffers", name, str) for name in buffers)
+    unit = UnitPlan(**{**stored, "mutated_buffers": mutated_buffers})
     if unit.option not in ("keep", "recompute"):
         raise ValueError(f"unit {unit.name} has the unknown option {unit.option!r}")
+    if unit.option == "recompute" and unit.name in (STEM, HEAD):
+        raise ValueError(f"{unit.name} is always kept and cannot have the option 'recompute'")
     return unit

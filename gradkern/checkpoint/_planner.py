@@ -18,11 +18,11 @@ from gradkern.checkpoint._meter import make_meter
 from gradkern.checkpoint._optimizer import OptimizerCost, measure_optimizer
 from gradkern.checkpoint._plan import Plan, UnitPlan
 from gradkern.checkpoint._preserve import Preserved, preserved
-from gradkern.checkpoint._profile import HEAD, STEM, CycleCost, Trial
+from gradkern.checkpoint._profile import CycleCost, Trial
 from gradkern.checkpoint._recompute import applied_within, uses_cache
 from gradkern.checkpoint._solver import Option, extra_seconds, least_capacity, solve
 from gradkern.checkpoint._storages import live_bytes, require_cpu, storages_of, tensors_of
-from gradkern.checkpoint._units import WHOLE_MODEL, find_units, unit_module
+from gradkern.checkpoint._units import HEAD, STEM, WHOLE_MODEL, find_units, unit_module
 from gradkern.errors import PlanInfeasibleError
 from gradkern.loss import Batch, LossFn
 
@@ -103,7 +103,10 @@ def plan(
         RuntimeError: A plan is applied, or ``transformers`` gradient checkpointing is on.
         TypeError: An argument is of the wrong type.
         ValueError: ``budget`` does not parse or is not positive, ``accumulate`` is below 1, a tensor lies
-            outside CPU memory, the loss has no gradient, or the optimizer needs a closure.
+            outside CPU memory, the loss has no gradient, a unit runs in some passes only though the global
+            generators start alike, or the optimizer needs a closure or cannot step as a deep copy (one with
+            attributes of its own, which copies of ``torch.optim.Optimizer`` lack): plan with ``optimizer=None``
+            then and leave room for its state.
 
     Example:
         >>> blocks = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(4)]

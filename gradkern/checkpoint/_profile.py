@@ -27,9 +27,7 @@ from gradkern.checkpoint._survey import find_order, find_repeatable
 from gradkern.checkpoint._units import unit_module
 from gradkern.loss import Batch, LossFn, compute_loss
 
-__all__ = ["HEAD", "STEM", "CycleCost", "Span", "Trial"]
-
-STEM, HEAD = "<stem>", "<head>"
+__all__ = ["CycleCost", "Span", "Trial"]
 
 
 @dataclass(frozen=True)

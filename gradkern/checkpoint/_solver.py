@@ -115,14 +115,13 @@ def solve(units: Sequence[Sequence[Option]], capacity_bytes: int, *, slots: int 
     if capacity_bytes < least_bytes:
         return None
     step = _grid_step(units, slots)
-    rounded_up = _run_table(units, capacity_bytes, step, round_up=True)
-    rounded_down = _run_table(units, capacity_bytes, step, round_up=False)
     # The choice for the least capacity fits every larger one, so it may always compete: the grid can miss it.
-    candidates = [least_choices] + ([rounded_up] if rounded_up is not None else [])
-    choices = min(candidates, key=lambda candidate: extra_seconds(units, candidate))
+    rounded_up = _run_table(units, capacity_bytes, step, least_choices, round_up=True)
+    choices = min((least_choices, rounded_up), key=lambda candidate: extra_seconds(units, candidate))
+    # Rounding down lets every choice pass that fits, so here the grid never comes out empty.
+    rounded_down = _run_table(units, capacity_bytes, step, least_choices, round_up=False)
     extra_s = extra_seconds(units, choices)
-    lower_bound_s = extra_s if rounded_down is None else min(extra_s, extra_seconds(units, rounded_down))
-    return Solution(choices, extra_s, lower_bound_s)
+    return Solution(choices, extra_s, min(extra_s, extra_seconds(units, rounded_down)))
 
 
 def _smallest_prefixes(units: Sequence[Sequence[Option]], capacity_bytes: int) -> tuple[int, ...] | None:
@@ -142,15 +141,16 @@ def _smallest_prefixes(units: Sequence[Sequence[Option]], capacity_bytes: int) -
 def _grid_step(units: Sequence[Sequence[Option]], slots: int) -> int:
     """Bytes a slot: the common divisor of all sizes if that fits into the grid, else total over slots."""
     sizes = [option.saved_bytes for options in units for option in options]
-    total = sum(max(0, *(option.saved_bytes for option in options)) for options in units)
+    columns = [[0, *(option.saved_bytes for option in options)] for options in units]
+    total = sum(max(column) - min(column) for column in columns)
     divisor = math.gcd(*sizes) or 1
     return divisor if total <= divisor * slots else -(-total // slots)
 
 
 def _run_table(
-    units: Sequence[Sequence[Option]], capacity_bytes: int, step: int, *, round_up: bool
-) -> tuple[int, ...] | None:
-    """Fill the table over all prefixes and read the cheapest choice back, or None where nothing fits."""
+    units: Sequence[Sequence[Option]], capacity_bytes: int, step: int, otherwise: tuple[int, ...], *, round_up: bool
+) -> tuple[int, ...]:
+    """Fill the table over all prefixes and read the cheapest choice back; ``otherwise`` where nothing fits."""
     saved = [
         [-(-option.saved_bytes // step) if round_up else option.saved_bytes // step for option in options]
         for options in units
@@ -169,7 +169,7 @@ def _run_table(
                 _relax(source, option.extra_s, saved[index][choice], choice, reached, chosen[index])
         cost = reached
     if not np.isfinite(cost).any():
-        return None
+        return otherwise
     slot = int(np.argmin(cost))
     choices = []
     for index in reversed(range(len(units))):

@@ -6,9 +6,10 @@ from collections import Counter
 
 from torch import nn
 
-__all__ = ["WHOLE_MODEL", "find_units", "unit_module"]
+__all__ = ["HEAD", "STEM", "WHOLE_MODEL", "find_units", "unit_module"]
 
 WHOLE_MODEL = "<model>"
+STEM, HEAD = "<stem>", "<head>"
 
 
 def find_units(model: nn.Module) -> list[str]:

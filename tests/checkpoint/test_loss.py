@@ -51,11 +51,19 @@ def test_pair_and_tensor():
         (3, None, TypeError, "got int"),
         (X, lambda out, _: out, ValueError, r"shape \(3,\)"),
         (X, lambda *_: 1.0, TypeError, "got float"),
+        (X, "mse", TypeError, "loss_fn must be callable.*got str"),
     ],
 )
 def test_errors_say_what_was_wrong(batch, loss_fn, error, message):
     with pytest.raises(error, match=message):
         compute_loss(nn.Identity(), batch, loss_fn)
+
+
+def test_a_loss_fn_that_cannot_be_called_is_found_before_the_model_runs():
+    model = nn.Identity()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model must not run"))
+    with pytest.raises(TypeError, match="callable"):
+        compute_loss(model, X, 3)
 
 
 def test_output_without_loss():

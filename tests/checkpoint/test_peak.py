@@ -149,6 +149,30 @@ def test_enforce_leaves_other_errors_alone():
         torch.ones(10)
 
 
+def test_requests_and_budgets_near_the_end_of_the_integers():
+    before = load_allocator().live_bytes
+    with pytest.raises(RuntimeError, match="allocate"):
+        torch.empty(2**63 - 1, dtype=torch.uint8)
+    with pytest.raises(BudgetExceededError), enforce("1 GiB"):
+        torch.empty(2**63 - 1, dtype=torch.uint8)
+    assert load_allocator().live_bytes == before
+    with enforce(2**64 + 7):
+        torch.ones(10)
+        assert load_allocator().cap_bytes is not None
+
+
+def test_no_block_begins_a_page():
+    before = load_allocator().live_bytes
+    tensors = [torch.empty(64 * (index % 70), dtype=torch.uint8) for index in range(4000)]
+    tensors += [torch.empty(2**22 + 4096 * index, dtype=torch.uint8) for index in range(4)]
+    addresses = [tensor.data_ptr() for tensor in tensors if tensor.nbytes]
+    assert all(address % 64 == 0 for address in addresses)
+    assert not any(address % 4096 == 0 for address in addresses)
+    assert {64, 4096 - 64} <= {address % 4096 for address in addresses}
+    tensors.clear()
+    assert load_allocator().live_bytes == before
+
+
 def test_nested_use_is_refused_and_the_outer_survives():
     with pytest.raises(RuntimeError, match="measured already"):
         measure_peak(lambda: measure_peak(lambda: None))

@@ -242,6 +242,26 @@ def test_gradient_checkpointing_of_transformers_is_refused(gpt2_case):
         plan_for(gpt2_case, "1 GiB")
 
 
+class Scheduled(torch.optim.SGD):
+    """Sets an attribute of its own, which copies of an optimizer lack."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.pace = 2
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] = 0.1 / self.pace
+        return super().step(closure)
+
+
+def test_an_optimizer_whose_copy_cannot_step_is_named(mlp_case):
+    optimizer = Scheduled(mlp_case.model.parameters())
+    with pytest.raises(ValueError, match=r"Scheduled cannot step.*'pace'.*optimizer=None"):
+        plan_for(mlp_case, "1 GiB", optimizer=optimizer)
+    mlp_case.cycle(optimizer)
+
+
 def test_str_is_a_table(mlp_case):
     made = plan_for(mlp_case, "1 GiB")
     text = str(made)

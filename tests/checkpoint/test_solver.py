@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -130,6 +131,17 @@ def test_hundred_units_within_fifty_milliseconds():
         seconds.append(time.process_time() - start)
     assert min(seconds) <= 0.05
     assert peak_of(units, solution.choices) <= (low + high) // 2
+
+
+def test_units_that_free_much_keep_the_table_small():
+    # Sizes without a common divisor, so that only the coarse grid bounds the table.
+    units = [[Option(-(10**7) - index, 0, 0.0), Option(1, 1, 1.0)] for index in range(3)]
+    tracemalloc.start()
+    solution = solve(units, 10**6)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert solution.choices == (0, 0, 0)
+    assert peak < 5 * 10**6
 
 
 def test_unit_without_options_is_refused():
