@@ -33,10 +33,12 @@ class UnitPlan:
             everything after the last one, the loss included; ``<model>`` is the whole model as one unit.
         option: ``"keep"`` (no wrapper at all) or ``"recompute"``.
         saved_bytes: Bytes it holds from forward to backward when kept.
-        recompute_saved_bytes: The same when recomputed; equal to ``saved_bytes`` where that is no option.
+        recompute_saved_bytes: The same when recomputed; equal to ``saved_bytes`` where that is no option: stem,
+            head, units whose inputs change in place and units that do not repeat.
         forward_s: Seconds forward: about what recomputing adds.
         backward_s: Seconds backward when kept.
-        mutated_buffers: Buffers that its forward changes; recomputing restores them.
+        mutated_buffers: Buffers that its forward changes, or may change once modules that were in eval mode
+            while planning train; recomputing leaves no trace in them.
     """
 
     name: str
@@ -57,9 +59,9 @@ class Plan:
         natural_peak_bytes: Peak of a step of the model as it is.
         predicted_peak_bytes: Peak of a step under this plan; a step under it was run and measured.
         least_feasible_bytes: The smallest budget that ``plan`` can meet for this model and batch.
-        gap: Certified bound on how much faster any other choice of units could be, as a fraction of the
-            time of forward and backward under the ideal choice; 0.0 means that the choice is proven optimal
-            for the measured costs.
+        gap: Bound on how much faster any other choice of units could be, as a fraction of the time of forward
+            and backward under the ideal choice. It is proven for a chain of units, one after the other, with the
+            bytes and seconds measured for each; 0.0 means that no choice is faster there.
         units: What to do with each unit.
         fingerprint: The model it is for.
     """
@@ -77,15 +79,18 @@ class Plan:
 
         Module identities, classes, hooks and ``state_dict`` keys stay; ``copy.deepcopy`` and pickles of the
         model carry the plan along. Gradients are bit-equal to those of the unwrapped model, dropout included,
-        and buffers such as running statistics are updated once. Models with a ``use_cache`` argument are
-        called with ``use_cache=False`` while gradients are enabled.
+        as long as units compute from arguments, parameters, buffers and torch's global generator alone; that
+        they did so was checked while planning. Buffers such as running statistics are updated once. Modules
+        with a ``use_cache`` argument are called with ``use_cache=False`` while gradients are enabled.
+        ``torch.compile`` cannot trace recomputed units that have ``mutated_buffers``.
 
         Args:
-            model: A model with the same class and parameters as the one planned for.
+            model: A model with the class, modules, parameters and buffers of the one planned for.
 
         Raises:
             ValueError: The model is not the one planned for; the message names the first difference.
-            RuntimeError: This or another plan is applied already. Nothing is changed in either case.
+            RuntimeError: This or another plan is applied already, to the model or to a part of it. Nothing is
+                changed in either case.
         """
         difference = self.fingerprint.difference(Fingerprint.of(model))
         if difference is not None:

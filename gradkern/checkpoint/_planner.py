@@ -79,9 +79,11 @@ def plan(
     optimizer on a deep copy of itself. The chosen plan is run too; what it was measured to need is
     ``predicted_peak_bytes``. Longer or larger batches need a plan of their own.
 
-    ``model``, ``optimizer`` and the random state are left bit for bit as they were. A model in eval mode is
-    profiled in train mode. Memory that a training loop holds beyond the above is not known here: an output
-    kept across ``backward``, gradients kept by ``zero_grad(set_to_none=False)``, evaluation batches.
+    ``model``, ``optimizer`` and the global generators of torch, Python and numpy are left bit for bit as they were;
+    what a forward changes beside buffers (plain attributes, generators of its own) is not put back. Units whose
+    inputs are changed in place, or that do not give the same bits when run twice, are always kept. A model in
+    eval mode is profiled in train mode. Memory that a training loop holds beyond the above is not known here: an
+    output kept across ``backward``, gradients kept by ``zero_grad(set_to_none=False)``, evaluation batches.
 
     Args:
         model: On the CPU, with no plan applied.
@@ -100,7 +102,7 @@ def plan(
     Raises:
         PlanInfeasibleError: No choice fits; the message and ``least_feasible_bytes`` name the smallest budget
             that does.
-        RuntimeError: A plan is applied, or ``transformers`` gradient checkpointing is on.
+        RuntimeError: A plan is applied to the model or a part of it, or ``transformers`` gradient checkpointing is on.
         TypeError: An argument is of the wrong type.
         ValueError: ``budget`` does not parse or is not positive, ``accumulate`` is below 1, a tensor lies
             outside CPU memory, the loss has no gradient, a unit runs in some passes only though the global
@@ -365,7 +367,7 @@ def _unit_plans(outcome: _Outcome, choices: tuple[int, ...]) -> tuple[UnitPlan, 
             name=name,
             option="recompute" if choice == _RECOMPUTE else "keep",
             saved_bytes=kept.saved_bytes,
-            recompute_saved_bytes=recomputed.saved_bytes,
+            recompute_saved_bytes=(recomputed if name in outcome.buffers else kept).saved_bytes,
             forward_s=kept.forward_s,
             backward_s=kept.backward_s,
             mutated_buffers=outcome.buffers.get(name, ()),

@@ -22,8 +22,7 @@ def budgets(made, count):
     return [low + (high - low) * index // (count - 1) for index in range(count)]
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, gk.AdamW])
+@pytest.mark.parametrize(("optimizer_class", "accumulate"), [(torch.optim.AdamW, 4), (gk.AdamW, 1)])
 def test_predicted_peak_holds_at_every_budget(case, accumulate, optimizer_class):
     optimizer = optimizer_class(case.model.parameters())
     case.cycle(optimizer, accumulate)
@@ -49,12 +48,12 @@ def test_predicted_peak_holds_at_every_budget(case, accumulate, optimizer_class)
     assert extra[-1] == 0
 
 
-def test_twelve_budgets_on_gpt2(gpt2_case):
+def test_more_budget_recomputes_less(gpt2_case):
     optimizer = torch.optim.AdamW(gpt2_case.model.parameters())
     first = plan_for(gpt2_case, "1 GiB", optimizer=optimizer)
     gpt2_case.cycle(optimizer)
     counts = []
-    for budget in budgets(first, 12):
+    for budget in budgets(first, 6):
         made = plan_for(gpt2_case, budget, optimizer=optimizer)
         made.apply(gpt2_case.model)
         with enforce(budget, model=gpt2_case.model, optimizer=optimizer):

@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from checkpoint_cases import cnn
 
 from gradkern.checkpoint import Plan, plan
 
 
-@pytest.fixture
-def made(cnn_case):
-    free = plan(cnn_case.model, cnn_case.batch, cnn_case.loss_fn, budget="1 GiB")
-    return plan(cnn_case.model, cnn_case.batch, cnn_case.loss_fn, budget=free.least_feasible_bytes)
+@pytest.fixture(scope="module")
+def made():
+    case = cnn()
+    free = plan(case.model, case.batch, case.loss_fn, budget="1 GiB")
+    return plan(case.model, case.batch, case.loss_fn, budget=free.least_feasible_bytes)
 
 
 def test_round_trip_is_the_same_plan(made, cnn_case, tmp_path):
