@@ -1,4 +1,4 @@
-"""Suite ``cycle``: accumulate, clip, step, zero; the parts and the whole, against torch's best own way and the triad."""
+"""Suite ``cycle``: accumulate, clip, step, zero; the parts and the whole, beside torch's best and the triad."""
 
 from __future__ import annotations
 

@@ -77,15 +77,18 @@ struct Table {
   }
 };
 
-void sumsq_table(Tensor table_tensor, int64_t dtype_code, Tensor partials) {
-  const Table table("sumsq", table_tensor, 1);
+// Any table will do: the sum is taken over its operand number `operand`.
+void sumsq_table(Tensor table_tensor, int64_t operand, int64_t dtype_code, Tensor partials) {
+  STD_TORCH_CHECK(table_tensor.dim() == 2 && operand >= 0 && operand < table_tensor.size(1) - 2,
+                  "sumsq: operand must be a column of the table, got ", operand);
+  const Table table("sumsq", table_tensor, table_tensor.size(1) - 2);
   const DType dtype = checked_dtype("sumsq", dtype_code);
   check_block("sumsq", "partials", partials, table.chunks());
   auto* out = static_cast<double*>(partials.mutable_data_ptr());
   const int64_t item = item_size(dtype);
   const auto sumsq = kernels().sumsq;
   table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
-    out[chunk] = sumsq(dtype, table.address(row, 0) + offset * item, size);
+    out[chunk] = sumsq(dtype, table.address(row, operand) + offset * item, size);
   });
 }
 

@@ -17,6 +17,7 @@ from gradkern.ops import _registry
 from gradkern.ops._chunks import chunk_count
 from gradkern.ops._table import AddressTable, Operands
 from gradkern.ops.accumulate.spec import SPEC as ACCUMULATE
+from gradkern.ops.adamw_step.spec import COLUMNS as ADAMW_COLUMNS
 from gradkern.ops.adamw_step.spec import SPEC as ADAMW_STEP
 from gradkern.ops.step_scalars import reference as scalar_layout
 from gradkern.ops.step_scalars.spec import SPEC as STEP_SCALARS
@@ -25,11 +26,14 @@ from gradkern.ops.sumsq.spec import SPEC as SUMSQ
 __all__ = [
     "accumulate_",
     "accumulate_with_partials_",
+    "adamw_operands",
     "adamw_step_",
+    "adamw_step_of_",
     "new_partials",
     "new_scalars",
     "step_scalars_",
     "sumsq",
+    "sumsq_of",
 ]
 
 
@@ -70,6 +74,13 @@ def sumsq(
     if partials is None:
         partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
     _registry.select(SUMSQ, partials.device)(operands, partials)
+    return partials
+
+
+def sumsq_of(operands: Operands, column: str) -> torch.Tensor:
+    """Partials of one operand of a call that is about to be made, from the table made for that call."""
+    partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
+    _registry.select(SUMSQ, partials.device)(operands, partials, column=column)
     return partials
 
 
@@ -199,14 +210,6 @@ def adamw_step_(
     Source:
         Loshchilov & Hutter, arXiv 1711.05101, algorithm 2.
     """
-    hyper = {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "maximize": maximize,
-    }
     if torch.compiler.is_compiling():
         torch.ops.gradkern.adamw_step_.default(
             list(params),
@@ -216,17 +219,63 @@ def adamw_step_(
             list(max_exp_avg_sqs or ()),
             list(steps),
             scalars,
-            **hyper,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
         )
+        increment_version(params)
     else:
-        columns = {
-            "params": params,
-            "grads": grads,
-            "exp_avgs": exp_avgs,
-            "exp_avg_sqs": exp_avg_sqs,
-            "max_exp_avg_sqs": max_exp_avg_sqs,
-            "steps": steps,
-        }
-        operands = Operands(ADAMW_STEP.name, columns, cache)
-        _registry.select(ADAMW_STEP, scalars.device)(operands, scalars, **hyper)
-    increment_version(params)
+        operands = adamw_operands(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, cache=cache)
+        adamw_step_of_(
+            operands,
+            scalars,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+        )
+
+
+def adamw_operands(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    max_exp_avg_sqs: Sequence[torch.Tensor] | None,
+    steps: Sequence[torch.Tensor],
+    *,
+    cache: AddressTable | None = None,
+) -> Operands:
+    """The checked operands of :func:`adamw_step_of_`; arguments as in :func:`adamw_step_`."""
+    columns = dict(zip(ADAMW_COLUMNS, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps), strict=True))
+    return Operands(ADAMW_STEP.name, columns, cache)
+
+
+def adamw_step_of_(
+    operands: Operands,
+    scalars: torch.Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """As :func:`adamw_step_`, on operands made by :func:`adamw_operands`."""
+    _registry.select(ADAMW_STEP, scalars.device)(
+        operands,
+        scalars,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+    )
+    increment_version(operands["params"])

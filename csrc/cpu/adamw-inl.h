@@ -7,6 +7,10 @@ template <bool kAmsgrad>
 inline void adamw_block(const AdamWRule<F32>& rule, float* param, const float* grad, float* exp_avg,
                         float* exp_avg_sq, float* max_exp_avg_sq, int64_t padded_size) {
   for (int64_t i = 0; i < padded_size; i += F32::kLanes) {
+    prefetch(param + i);
+    prefetch(grad + i);
+    prefetch(exp_avg + i);
+    prefetch(exp_avg_sq + i);
     F32 m = F32::load(exp_avg + i);
     F32 v = F32::load(exp_avg_sq + i);
     rule.moments(F32::load(grad + i), m, v);

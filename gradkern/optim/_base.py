@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from gradkern import functional
 from gradkern.grad_fold import FOLD_MIN_NUMEL, GradFold, known_partials
 from gradkern.ops._chunks import DTYPE_CODES, is_dense
-from gradkern.ops._table import AddressTable
+from gradkern.ops._table import AddressTable, Operands
 from gradkern.ops.step_scalars import reference as scalar_layout
 from gradkern.step_event import ParamStep, StepEvent
 
@@ -48,6 +48,7 @@ class Bucket:
     states: list[State]
     kernel: bool
     grads: list[torch.Tensor] = field(default_factory=list)
+    operands: Operands | None = None
     step_cache: AddressTable = field(default_factory=AddressTable)
     norm_cache: AddressTable = field(default_factory=AddressTable)
 
@@ -94,7 +95,11 @@ class FusedStepMixin(torch.optim.Optimizer):
         """State tensors of a parameter, beside ``step``."""
         raise NotImplementedError
 
-    def _launch(self, bucket: Bucket, scalars: torch.Tensor) -> None:
+    def _operands(self, bucket: Bucket) -> Operands:
+        """The operands of our op for a bucket; its gradients are named ``grads``."""
+        raise NotImplementedError
+
+    def _launch(self, group: dict[str, Any], operands: Operands, scalars: torch.Tensor) -> None:
         """Update a bucket with our op."""
         raise NotImplementedError
 
@@ -182,16 +187,19 @@ class FusedStepMixin(torch.optim.Optimizer):
         buckets = self._gather()
         if not buckets:
             return loss
+        for bucket in buckets:
+            # Before any kernel: what is checked here lies in cache still, and nothing has been modified yet.
+            bucket.operands = self._operands(bucket) if bucket.kernel else None
         scalars = self._step_scalars(buckets)
         for bucket in buckets:
-            if bucket.kernel:
-                self._launch(bucket, scalars)
+            if bucket.operands is not None:
+                self._launch(bucket.group, bucket.operands, scalars)
             else:
                 self._update_with_torch(bucket, scalars)
         if self._event_hooks:
             self._report(buckets, scalars)
         for bucket in buckets:
-            bucket.grads = []  # a bucket must not keep gradients alive past zero_grad()
+            bucket.grads, bucket.operands = [], None  # a bucket must not keep gradients alive past zero_grad()
         return loss
 
     # --- internals --------------------------------------------------------------------------------------------------
@@ -319,22 +327,22 @@ class FusedStepMixin(torch.optim.Optimizer):
 
     def _partials(self, bucket: Bucket, trusted: bool) -> list[torch.Tensor]:
         """Sums of squares of a bucket's gradients: those folded in backward, and one pass over the rest."""
-        if not bucket.kernel:
+        if bucket.operands is None:
             norms = torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).double() for g in bucket.grads])
             return [norms.square()]
         listed = known_partials(bucket.grads) if trusted else None
         if listed is not None:
             return [listed]
+        if not trusted or self._fold.size == 0:
+            return [functional.sumsq_of(bucket.operands, "grads")]
         folded: list[torch.Tensor] = []
-        rest = bucket.grads
-        if trusted and self._fold.size:
-            rest = []
-            for param, grad in zip(bucket.params, bucket.grads, strict=True):
-                partials = self._fold.partials(param, grad)
-                if partials is None:
-                    rest.append(grad)
-                else:
-                    folded.append(partials)
+        rest: list[torch.Tensor] = []
+        for param, grad in zip(bucket.params, bucket.grads, strict=True):
+            partials = self._fold.partials(param, grad)
+            if partials is None:
+                rest.append(grad)
+            else:
+                folded.append(partials)
         if rest:
             folded.append(functional.sumsq(rest, cache=bucket.norm_cache))
         return folded

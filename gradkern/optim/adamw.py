@@ -9,6 +9,7 @@ import torch
 from torch.optim.adamw import adamw as torch_adamw
 
 from gradkern import functional
+from gradkern.ops._table import Operands
 from gradkern.ops.adamw_step.reference import adamw_scalars
 from gradkern.optim._base import Bucket, FusedStepMixin, State
 from gradkern.step_event import ParamStep
@@ -98,16 +99,21 @@ class AdamW(FusedStepMixin, torch.optim.AdamW):
         names = ("exp_avg", "exp_avg_sq")
         return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
-    def _launch(self, bucket: Bucket, scalars: torch.Tensor) -> None:
-        group = bucket.group
-        beta1, beta2 = group["betas"]
-        functional.adamw_step_(
+    def _operands(self, bucket: Bucket) -> Operands:
+        return functional.adamw_operands(
             bucket.params,
             bucket.grads,
             bucket.column("exp_avg"),
             bucket.column("exp_avg_sq"),
-            bucket.column("max_exp_avg_sq") if group["amsgrad"] else None,
+            bucket.column("max_exp_avg_sq") if bucket.group["amsgrad"] else None,
             bucket.column("step"),
+            cache=bucket.step_cache,
+        )
+
+    def _launch(self, group: dict[str, Any], operands: Operands, scalars: torch.Tensor) -> None:
+        beta1, beta2 = group["betas"]
+        functional.adamw_step_of_(
+            operands,
             scalars,
             lr=float(group["lr"]),
             beta1=float(beta1),
@@ -115,7 +121,6 @@ class AdamW(FusedStepMixin, torch.optim.AdamW):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            cache=bucket.step_cache,
         )
 
     def _torch_update(self, bucket: Bucket, grads: list[torch.Tensor]) -> None:

@@ -39,13 +39,13 @@ def _padded_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield chunks.view(-1, CHUNK)
 
 
-def sumsq(operands: Operands, partials: torch.Tensor) -> None:
-    """Write the sum of squares of every chunk of ``operands["tensors"]`` to ``partials``.
+def sumsq(operands: Operands, partials: torch.Tensor, *, column: str = "tensors") -> None:
+    """Write the sum of squares of every chunk of the operand named ``column`` to ``partials``.
 
     Squares of fp32, bf16 and fp16 values are exact in fp64; each addition of the tree rounds once.
     """
     position = 0
-    for tensor in operands["tensors"]:
+    for tensor in operands[column]:
         if tensor.numel() == 0:
             continue
         for chunks in _padded_chunks(tensor):

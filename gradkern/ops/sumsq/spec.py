@@ -13,8 +13,9 @@ from gradkern.ops.sumsq import reference
 __all__ = ["SPEC"]
 
 
-def _native(operands: Operands, partials: torch.Tensor) -> None:
-    torch.ops.gradkern._sumsq_table_(operands.table, operands.cache.dtype_code("tensors"), partials)
+def _native(operands: Operands, partials: torch.Tensor, *, column: str = "tensors") -> None:
+    position = list(operands.columns).index(column)
+    torch.ops.gradkern._sumsq_table_(operands.table, position, operands.cache.dtype_code(column), partials)
 
 
 def _total_chunks(tensors: list[torch.Tensor]) -> int:

@@ -38,12 +38,20 @@ def _fold_rows(pointer, size, DTYPE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _sumsq_kernel(table_ptr, partials_ptr, rows, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _sumsq_kernel(
+    table_ptr,
+    partials_ptr,
+    rows,
+    COLUMNS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     chunk = tl.program_id(0).to(tl.int64)
-    row = find_row(table_ptr, rows, chunk, 3)
-    offset = (chunk - tl.load(table_ptr + row * 3 + 1)) * CHUNK
-    size = tl.load(table_ptr + row * 3) - offset
-    pointer = typed_pointer(tl.load(table_ptr + row * 3 + 2), DTYPE, ALIGNED) + offset
+    row = find_row(table_ptr, rows, chunk, COLUMNS)
+    offset = (chunk - tl.load(table_ptr + row * COLUMNS + 1)) * CHUNK
+    size = tl.load(table_ptr + row * COLUMNS) - offset
+    pointer = typed_pointer(tl.load(table_ptr + row * COLUMNS + 2 + OPERAND), DTYPE, ALIGNED) + offset
     if size >= CHUNK:
         sums = _fold_rows(pointer, size, DTYPE, False)
     else:
@@ -51,18 +59,20 @@ def _sumsq_kernel(table_ptr, partials_ptr, rows, DTYPE: tl.constexpr, ALIGNED: t
     store_first(partials_ptr + chunk, fold_sums(sums))
 
 
-def sumsq(operands: Operands, partials: torch.Tensor) -> None:
+def sumsq(operands: Operands, partials: torch.Tensor, *, column: str = "tensors") -> None:
     """Launch one program per chunk; same contract as the reference."""
     cache = operands.cache
     if cache.chunks == 0:
         return
     table = cache.on_device(partials.device)
-    tensors = operands["tensors"]
+    tensors = operands[column]
     _sumsq_kernel[(cache.chunks,)](
         table,
         partials,
         len(tensors),
-        DTYPE=cache.dtype_code("tensors"),
+        COLUMNS=table.shape[1],
+        OPERAND=list(operands.columns).index(column),
+        DTYPE=cache.dtype_code(column),
         ALIGNED=cache.aligned(),
         enable_fp_fusion=False,
         num_warps=fold_warps(tensors[0].itemsize, warp_size()),
@@ -73,7 +83,7 @@ VARIANTS = [
     Variant(
         _sumsq_kernel,
         {"table_ptr": "*i64", "partials_ptr": "*fp64", "rows": "i32"},
-        {"DTYPE": code, "ALIGNED": True},
+        {"COLUMNS": 3, "OPERAND": 0, "DTYPE": code, "ALIGNED": True},
         item_bytes=item_bytes,
         hot_bytes=4096 * item_bytes,
     )
