@@ -18,10 +18,10 @@ inline void check_table(const char* op, const torch::stable::Tensor& table, int6
 }
 
 inline void check_block(const char* op, const char* name, const torch::stable::Tensor& block, int64_t size) {
-  STD_TORCH_CHECK(block.numel() >= size && block.is_contiguous() &&
-                      block.scalar_type() == torch::headeronly::ScalarType::Double,
-                  op, ": ", name, " must be a contiguous fp64 tensor of at least ", size, " elements, got ",
-                  block.numel(), " elements or another dtype");
+  STD_TORCH_CHECK(
+      block.numel() >= size && block.is_contiguous() && block.scalar_type() == torch::headeronly::ScalarType::Double,
+      op, ": ", name, " must be a contiguous fp64 tensor of at least ", size, " elements, got ", block.numel(),
+      " elements or another dtype");
 }
 
 inline DType checked_dtype(const char* op, int64_t code) {

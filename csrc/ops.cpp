@@ -144,9 +144,8 @@ void step_scalars(Tensor scalars, torch::headeronly::HeaderOnlyArrayRef<Tensor> 
 }
 
 // Operands: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq (address 0 without amsgrad), step.
-void adamw_step_table(Tensor table_tensor, Tensor scalars, int64_t param_dtype, int64_t grad_dtype,
-                      int64_t state_dtype, double lr, double beta1, double beta2, double eps, double weight_decay,
-                      bool maximize) {
+void adamw_step_table(Tensor table_tensor, Tensor scalars, int64_t param_dtype, int64_t grad_dtype, int64_t state_dtype,
+                      double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
   const char* op = "adamw_step_";
   const Table table(op, table_tensor, 6);
   check_block(op, "scalars", scalars, kStepScalars);
@@ -196,9 +195,7 @@ void triad(Tensor out, Tensor a, Tensor b, bool streaming) {
   });
 }
 
-std::string isa() {
-  return isa_name();
-}
+std::string isa() { return isa_name(); }
 
 }  // namespace
 }  // namespace gradkern
@@ -211,6 +208,4 @@ STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
   m.impl("_triad_", TORCH_BOX(&gradkern::triad));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gradkern, CompositeExplicitAutograd, m) {
-  m.impl("_isa", TORCH_BOX(&gradkern::isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(gradkern, CompositeExplicitAutograd, m) { m.impl("_isa", TORCH_BOX(&gradkern::isa)); }

@@ -4,8 +4,8 @@
 constexpr int64_t kBlock = 512;
 
 template <bool kAmsgrad>
-inline void adamw_block(const AdamWRule<F32>& rule, float* param, const float* grad, float* exp_avg,
-                        float* exp_avg_sq, float* max_exp_avg_sq, int64_t padded_size) {
+inline void adamw_block(const AdamWRule<F32>& rule, float* param, const float* grad, float* exp_avg, float* exp_avg_sq,
+                        float* max_exp_avg_sq, int64_t padded_size) {
   for (int64_t i = 0; i < padded_size; i += F32::kLanes) {
     prefetch(param + i);
     prefetch(grad + i);

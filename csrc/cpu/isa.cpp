@@ -64,9 +64,8 @@ Isa choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Isa candidates[] = {{"avx512", has_avx512, &avx512::table},
-                            {"avx2", has_avx2, &avx2::table},
-                            {"baseline", true, &baseline::table}};
+  const Isa candidates[] = {
+      {"avx512", has_avx512, &avx512::table}, {"avx2", has_avx2, &avx2::table}, {"baseline", true, &baseline::table}};
 #elif defined(__aarch64__)
   const Isa candidates[] = {{"neon", true, &neon::table}, {"baseline", true, &baseline::table}};
 #else
@@ -94,12 +93,8 @@ const Isa& chosen() {
 
 }  // namespace
 
-const char* isa_name() {
-  return chosen().name;
-}
+const char* isa_name() { return chosen().name; }
 
-const KernelTable& kernels() {
-  return *chosen().table;
-}
+const KernelTable& kernels() { return *chosen().table; }
 
 }  // namespace gradkern

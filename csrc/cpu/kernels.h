@@ -10,20 +10,18 @@ constexpr int64_t kChunk = 4096;
 
 enum class DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-inline int64_t item_size(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
+inline int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Scalars of one AdamW step for one tensor, formed in double and rounded once to float.
 struct AdamWScalars {
-  float grad_multiplier;   // clip coefficient / loss scale, negated for maximize
-  float decay;             // 1 - lr * weight_decay
-  float grad_weight;       // 1 - beta1
+  float grad_multiplier;  // clip coefficient / loss scale, negated for maximize
+  float decay;            // 1 - lr * weight_decay
+  float grad_weight;      // 1 - beta1
   float beta2;
-  float sq_weight;         // 1 - beta2
-  float inv_bias2_sqrt;    // 1 / sqrt(1 - beta2^t)
+  float sq_weight;       // 1 - beta2
+  float inv_bias2_sqrt;  // 1 / sqrt(1 - beta2^t)
   float eps;
-  float step_size;         // lr / (1 - beta1^t)
+  float step_size;  // lr / (1 - beta1^t)
 };
 
 // One chunk of one tensor for AdamW; max_exp_avg_sq is null without amsgrad.

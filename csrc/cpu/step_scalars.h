@@ -17,9 +17,9 @@ enum StepScalar : int64_t {
   kStepScalars = 4,
 };
 
-// An exact sum of non-negative doubles between 2^-300 and 2^308, kept as 32-bit limbs in 64-bit words: integer addition,
-// so the result does not depend on order. A Kulisch accumulator cut to the range that sums of squares of fp32 values
-// have; what is larger counts as infinite, what is smaller as zero.
+// An exact sum of non-negative doubles between 2^-300 and 2^308, kept as 32-bit limbs in 64-bit words: integer
+// addition, so the result does not depend on order. A Kulisch accumulator cut to the range that sums of squares of fp32
+// values have; what is larger counts as infinite, what is smaller as zero.
 class ExactSum {
  public:
   static constexpr int64_t kLimbs = 22;

@@ -21,9 +21,7 @@ struct F32 {
     vst1_u16(p, vmovn_u32(vbslq_u32(vceqq_f32(v, v), half, vdupq_n_u32(0x7FC0))));
   }
 
-  static GRADKERN_INLINE F32 load_f16(const uint16_t* p) {
-    return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))};
-  }
+  static GRADKERN_INLINE F32 load_f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
 
   GRADKERN_INLINE void store_f16(uint16_t* p) const { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 
