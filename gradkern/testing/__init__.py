@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from gradkern.ops._values import SIZES, edge_values, random_values
 from gradkern.testing.parity import all_samples, run_sample, same_bits
-from gradkern.testing.values import SIZES, edge_values, random_values
 
 __all__ = ["SIZES", "all_samples", "edge_values", "random_values", "run_sample", "same_bits"]

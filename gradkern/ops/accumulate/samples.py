@@ -8,7 +8,7 @@ import torch
 
 from gradkern.ops._chunks import DTYPE_CODES, chunk_count
 from gradkern.ops._spec import Sample
-from gradkern.testing.values import SIZES, edge_values, random_values
+from gradkern.ops._values import SIZES, edge_values, random_values
 
 __all__ = ["samples"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gradkern.ops._chunks import DTYPE_CODES
 from gradkern.ops._spec import Sample
-from gradkern.testing.values import SIZES, edge_values, random_values
+from gradkern.ops._values import SIZES, edge_values, random_values
 
 __all__ = ["samples"]
 
