@@ -50,10 +50,9 @@ class Shadows:
         """``D`` of every owned parameter, by index."""
         return self._deltas
 
-    @property
-    def has_gradients(self) -> bool:
-        """True when gradients were added since the last step."""
-        return len(self._fresh) < len(self._gradients)
+    def waiting(self, index: int) -> torch.Tensor | None:
+        """The captured gradient that waits for the next step; None when nothing was captured."""
+        return None if index in self._fresh else self._gradients[index]
 
     def add_gradient(self, index: int, gradient: torch.Tensor) -> None:
         """Add captured gradient, of the parameter's shape, to what waits for the next step."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
@@ -21,10 +19,11 @@ from gradkern.rollback._conservation import Shadows
 from gradkern.rollback._intake import Intake
 from gradkern.rollback._layout import digest_parameters
 from gradkern.rollback._ownership import claim
+from gradkern.rollback._records import Record
 from gradkern.rollback._segment import Segment, StepRecord, StepScalars
 from gradkern.rollback._smoothing import smooth
 from gradkern.rollback._store import Closing, StoreWriter
-from gradkern.step_event import ParamStep, StepEvent
+from gradkern.step_event import ParamStep, StepEvent, StepEventSource
 
 __all__ = ["RecordableOptimizer", "Recorder", "record"]
 
@@ -32,7 +31,7 @@ __all__ = ["RecordableOptimizer", "Recorder", "record"]
 _COMPARE_EVERY = 8
 
 
-class RecordableOptimizer(Protocol):
+class RecordableOptimizer(StepEventSource, Protocol):
     """What recording needs of an optimizer: its parameters, its state, and its step events."""
 
     @property
@@ -43,10 +42,6 @@ class RecordableOptimizer(Protocol):
     @property
     def state(self) -> Any:
         """As in ``torch.optim.Optimizer``."""
-        ...
-
-    def register_step_event_hook(self, hook: Any) -> RemovableHandle:
-        """See :class:`gradkern.step_event.StepEventSource`."""
         ...
 
 
@@ -78,7 +73,7 @@ def record(
             a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.
 
     Raises:
-        LedgerError: ``path`` exists, or the optimizer has already made steps.
+        LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already.
         ValueError: ``rank`` or ``steps_per_segment`` is below 1; a trained parameter can neither be recorded
             nor is in ``unowned``; a pattern matches nothing.
         TypeError: A trained parameter is not fp32, or the optimizer reports no steps.
@@ -128,14 +123,18 @@ class Recorder:
         self._intake = Intake(ownership, self._shadows, rank)
         self._steps_per_segment = steps_per_segment
         self._pending: list[StepRecord] = []
+        self._pending_bytes = 0
         self._most_pending_bytes = 0
         self._steps = 0
+        self._committed_steps = 0
+        self._detached = False
         self._closed = False
-        self._store = self._create_store(path, rank)
-        self._attached = ExitStack()
-        self._attached.enter_context(captured(ownership.layers, self._intake))
-        handle = optimizer.register_step_event_hook(self._on_step)
-        self._attached.callback(handle.remove)
+        with ExitStack() as attaching:
+            handle = optimizer.register_step_event_hook(self._on_step)
+            attaching.callback(handle.remove)
+            attaching.enter_context(captured(ownership.layers, self._intake))
+            self._store = self._create_store(path, rank)
+            self._attached = attaching.pop_all()
 
     @contextmanager
     def batch(self, ids: Sequence[int] | Tensor) -> Iterator[None]:
@@ -154,7 +153,7 @@ class Recorder:
             ValueError: ``ids`` are empty or not one-dimensional.
         """
         numbers = _sample_ids(ids)
-        if self._closed:
+        if self._detached:
             raise LedgerError("recorder.batch: the recorder is closed; start another with record()")
         if self._intake.active:
             raise LedgerError("recorder.batch: a batch is already open; leave it before opening the next")
@@ -194,19 +193,21 @@ class Recorder:
         return self._shadows.nbytes() + self._intake.nbytes() + self._most_pending_bytes
 
     def close(self) -> None:
-        """Write what is left, complete the ledger and restore the model. A second call does nothing."""
+        """Restore the model, write what is left and complete the ledger. A second call does nothing.
+
+        When writing fails (a full disk, say) nothing is forgotten: make room and call again.
+        """
         if self._closed:
             return
-        self._closed = True
+        self._detached = True
         self._attached.close()
-        try:
-            self._commit_pending()
-            infos = self._layout.parameters
-            deltas = {infos[index].name: delta.cpu() for index, delta in self._shadows.deltas.items()}
-            named = {info.name: parameter for info, parameter in zip(infos, self._parameters, strict=True)}
-            self._store.commit_closing(deltas, Closing(tuple(self._shadows.decays), digest_parameters(named)))
-        finally:
-            self._store.close()
+        self._commit_pending()
+        infos = self._layout.parameters
+        deltas = {infos[index].name: delta.cpu() for index, delta in self._shadows.deltas.items()}
+        named = {info.name: parameter for info, parameter in zip(infos, self._parameters, strict=True)}
+        self._store.commit_closing(deltas, Closing(tuple(self._shadows.decays), digest_parameters(named)))
+        self._store.close()
+        self._closed = True
 
     def __enter__(self) -> Recorder:
         return self
@@ -223,6 +224,12 @@ class Recorder:
             self.discard()
             return
         updates = self._tracked(event)
+        visits = self._intake.take()
+        records = [(stream, record.cpu()) for stream, record in visits.records]
+        ids = torch.cat([torch.empty(0, dtype=torch.int64), *visits.ids])
+        self._require_finite(records, ids)
+        if self._steps % _COMPARE_EVERY == 0:
+            self._require_captured(updates)
         scalars: dict[int, StepScalars] = {}
         preconditioners: dict[int, tuple[Tensor, ...]] = {}
         multipliers: dict[int, float] = {}
@@ -238,19 +245,13 @@ class Recorder:
             if exact is not None:
                 preconditioners[index] = smooth(exact)
         self._shadows.drop_gradients()
-        visits = self._intake.take()
-        self._pending.append(
-            StepRecord(
-                ids=torch.cat([torch.empty(0, dtype=torch.int64), *visits.ids]),
-                records=[(stream, record.cpu()) for stream, record in visits.records],
-                fidelity=visits.fidelity,
-                scalars=scalars,
-                preconditioners=preconditioners,
-            )
+        step = StepRecord(
+            ids=ids, records=records, fidelity=visits.fidelity, scalars=scalars, preconditioners=preconditioners
         )
+        self._pending.append(step)
         self._steps += 1
-        waiting = sum(step.nbytes() for step in self._pending)
-        self._most_pending_bytes = max(self._most_pending_bytes, waiting)
+        self._pending_bytes += step.nbytes()
+        self._most_pending_bytes = max(self._most_pending_bytes, self._pending_bytes)
         if len(self._pending) >= self._steps_per_segment:
             self._commit_pending()
 
@@ -268,22 +269,55 @@ class Recorder:
                 )
         return updates
 
+    def _require_finite(self, records: Sequence[tuple[int, Record]], ids: Tensor) -> None:
+        """A NaN would rank first in every explanation."""
+        scales = [scale.reshape(-1) for _, record in records for scale in record.scales()]
+        if not scales or bool(torch.isfinite(torch.cat(scales)).all()):
+            return
+        for stream, record in records:
+            for scale in record.scales():
+                bad = record.visit[~torch.isfinite(scale).reshape(len(record.visit), -1).all(dim=1)]
+                if len(bad):
+                    info = self._layout.parameters[self._layout.streams[stream].parameter]
+                    raise LedgerError(
+                        f"record: sample {int(ids[bad[0]])} left a non-finite gradient on {info.name!r}, expected "
+                        f"finite ones; the optimizer step has been made and its records are dropped, so the law cannot "
+                        f"hold any more: skip such steps (a GradScaler, or recorder.discard() and zero_grad() in place "
+                        f"of step())"
+                    )
+
+    def _require_captured(self, updates: Sequence[tuple[int, ParamStep]]) -> None:
+        """Compare what was captured with the gradient that the optimizer saw, while both are there."""
+        for index, update in updates:
+            grad = update.param.grad
+            if grad is None or not self._layout.parameters[index].owned:
+                continue
+            waiting = self._shadows.waiting(index)
+            missing = grad if waiting is None else grad - waiting
+            if not float(missing.norm()) <= 1e-3 * float(grad.norm()) + 1e-6:
+                raise LedgerError(
+                    f"record: the gradient of {self._layout.parameters[index].name!r} at this step is not what the "
+                    f"recorded batches gave it (difference {float(missing.norm()):.3g} of {float(grad.norm()):.3g}). "
+                    f"Clip with the optimizer's max_norm= rather than by editing gradients, run every backward inside "
+                    f"recorder.batch(ids), and call recorder.discard() when gradients are cleared without a step"
+                )
+
     def _commit_pending(self) -> None:
+        # A commit that was interrupted after it took effect must not be made twice.
+        done = self._store.committed_steps() - self._committed_steps
+        del self._pending[:done]
+        self._committed_steps += done
         if self._pending:
             segment = Segment.build(self._layout, self._pending)
             self._store.commit_segment(segment.tensors(), segment.steps, len(segment.visit_ids))
-            self._pending = []
+            self._committed_steps += segment.steps
+        self._pending = []
+        self._pending_bytes = 0
 
     def _create_store(self, path: Path, rank: int) -> StoreWriter:
         infos = self._layout.parameters
         initial = {info.name: parameter.detach().cpu() for info, parameter in zip(infos, self._parameters, strict=True)}
-        existed = path.exists()
-        try:
-            return StoreWriter(path, self._layout, initial, {"rank": str(rank), "torch": str(torch.__version__)})
-        except BaseException:
-            if not existed:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
+        return StoreWriter(path, self._layout, initial, {"rank": str(rank), "torch": str(torch.__version__)})
 
     def _require_fresh(self, optimizer: RecordableOptimizer) -> None:
         """Momentum from before the recording would belong to no sample."""
@@ -293,6 +327,11 @@ class Recorder:
                 raise LedgerError(
                     f"record: the optimizer has already made {int(state['step'])} steps on {name!r}, whose "
                     f"momentum belongs to no recorded sample; start recording before the first step"
+                )
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                raise LedgerError(
+                    f"record: {name!r} has a gradient already, which belongs to no recorded sample; start recording "
+                    f"before the first backward, or call optimizer.zero_grad()"
                 )
 
 

@@ -22,7 +22,7 @@ class Record:
     """Compressed gradients of one stream.
 
     Attributes:
-        visit: Shape ``(n,)``, int32, ascending: which visit each entry belongs to.
+        visit: Shape ``(n,)``, int32: which visit each entry belongs to; grouped by step, ascending from step to step.
     """
 
     kind: ClassVar[str]
@@ -58,6 +58,10 @@ class Record:
         """The same record in host memory."""
         return type(self)(**{name: tensor.cpu() for name, tensor in self.tensors().items()})
 
+    def scales(self) -> list[torch.Tensor]:
+        """The fp32 scales, first dimension visits: where a non-finite gradient shows."""
+        return [tensor for tensor in self.tensors().values() if tensor.is_floating_point()]
+
     def nbytes(self) -> int:
         """Bytes of all fields."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
@@ -92,7 +96,7 @@ class EmbeddingRecord(Record):
     """Gradients of an embedding: few rows of it per visit, together ``leftᵀ @ right``.
 
     Attributes:
-        index: Shape ``(n, u)``, int64: the rows of the embedding that a visit used. Padding is row 0 with
+        index: Shape ``(n, u)``, int32: the rows of the embedding that a visit used. Padding is row 0 with
             zeros in ``left``.
         left: Shape ``(n, r, u)``, int8 codes.
         left_scale: Shape ``(n, r)``, fp32.

@@ -89,7 +89,7 @@ def _project(
     start: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Project ``G``, known only through its products with rows, onto ``rank`` directions of its row space."""
-    right = _orthonormal_rows(multiply_transposed(multiply(start)))
+    right = _orthonormal_rows(multiply_transposed(_normalised(multiply(start))))
     return multiply(right), right
 
 
@@ -108,6 +108,11 @@ def _orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _normalised(row: torch.Tensor) -> torch.Tensor:
-    """Scale rows to length 1; rows of zeros stay zero."""
+    """Scale rows to length 1; rows of zeros stay zero.
+
+    By the largest entry first: the rows are products of several factors, whose squares under- or overflow long before
+    they do themselves.
+    """
+    row = row / row.abs().amax(dim=-1, keepdim=True).clamp_min(_TINY)
     length: torch.Tensor = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
     return row / length.clamp_min(_TINY)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -98,30 +99,47 @@ class StoreWriter:
     ) -> None:
         _safetensors()
         try:
-            path.mkdir(parents=True)
+            created = _make_folder(path)
         except FileExistsError:
             raise LedgerError(
                 f"record: {str(path)!r} exists, expected a new folder; a ledger is never overwritten: choose "
                 f"another path or remove it first"
             ) from None
+        # Only now is the folder ours to remove again: another process may have been the one to create it.
         self._path = path
-        self._segments = 0
+        self._attempts = 0
         self.steps = 0
-        (path / _SEGMENT_FOLDER).mkdir()
-        self._catalog = sqlite3.connect(path / _CATALOG, isolation_level=None, check_same_thread=False)
-        # EXTRA is FULL plus a sync of the folder when the journal goes: commits survive power loss.
-        self._catalog.execute("PRAGMA synchronous = EXTRA")
-        entry = self._write("initial.safetensors", "initial", initial, steps=0, visits=0)
-        _sync_folder(path.parent)
-        facts = {**settings, "format_version": str(FORMAT_VERSION), "layout": layout.to_json()}
-        self._commit(entry, facts, _SCHEMA)
+        try:
+            (path / _SEGMENT_FOLDER).mkdir()
+            self._catalog = sqlite3.connect(path / _CATALOG, isolation_level=None, check_same_thread=False)
+            try:
+                # EXTRA is FULL plus a sync of the folder when the journal goes: commits survive power loss.
+                self._catalog.execute("PRAGMA synchronous = EXTRA")
+                entry = self._write("initial.safetensors", "initial", initial, steps=0, visits=0)
+                for folder in created:
+                    _sync_folder(folder.parent)
+                facts = {**settings, "format_version": str(FORMAT_VERSION), "layout": layout.to_json()}
+                self._commit(entry, facts, _SCHEMA)
+            except BaseException:
+                self._catalog.close()
+                raise
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
 
     def commit_segment(self, tensors: Mapping[str, torch.Tensor], steps: int, visits: int) -> None:
         """Make the records of the next ``steps`` steps durable; when this returns they survive any crash."""
-        name = f"{_SEGMENT_FOLDER}/{self._segments:06d}.safetensors"
+        # A new name for every attempt: a commit that took effect before it was interrupted owns its file for good.
+        name = f"{_SEGMENT_FOLDER}/{self._attempts:06d}.safetensors"
+        self._attempts += 1
         self._commit(self._write(name, "segment", tensors, steps, visits), {})
-        self._segments += 1
         self.steps += steps
+
+    def committed_steps(self) -> int:
+        """Steps that the catalog names, also where the call that committed them was interrupted."""
+        (end,) = self._catalog.execute("SELECT MAX(end_step) FROM files").fetchone()
+        self.steps = int(end)
+        return self.steps
 
     def commit_closing(self, deltas: Mapping[str, torch.Tensor], closing_facts: Closing) -> None:
         """Make the ledger complete."""
@@ -161,7 +179,7 @@ class StoreWriter:
             )
             self._catalog.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
             self._catalog.execute("COMMIT")
-        except sqlite3.Error:
+        except BaseException:
             # Some failures, such as a full disk, end the transaction by themselves.
             if self._catalog.in_transaction:
                 self._catalog.execute("ROLLBACK")
@@ -175,8 +193,8 @@ class StoreReader:
         path: A folder made by :class:`StoreWriter`.
 
     Raises:
-        LedgerError: There is no ledger, its format is another, its catalog is damaged, or a committed file is
-            missing or has another size.
+        LedgerError: There is no ledger, its format is another, or its catalog is damaged. A damaged file is refused
+            when it is read, so that the intact ones stay within reach.
         ImportError: safetensors is not installed.
     """
 
@@ -192,26 +210,30 @@ class StoreReader:
             # Not mode=ro: after a kill the first reader must be allowed to roll back the unfinished transaction.
             with closing(sqlite3.connect(f"{catalog.resolve().as_uri()}?mode=rw", uri=True)) as connection:
                 self.facts: Mapping[str, str] = dict(connection.execute("SELECT key, value FROM meta"))
-                rows = connection.execute("SELECT * FROM files ORDER BY first_step, name").fetchall()
+                self._require_version()
+                rows = connection.execute(
+                    "SELECT name, role, sha256, bytes, first_step, end_step, visits FROM files "
+                    "ORDER BY first_step, name"
+                ).fetchall()
         except sqlite3.Error as error:
             raise LedgerError(
                 f"the catalog {str(catalog)!r} cannot be read ({error}); it is damaged, or recording was "
                 f"killed before its first commit: restore it from a copy, or record again"
             ) from error
         self.files = tuple(FileEntry(*row) for row in rows)
-        if self.facts.get("format_version") != str(FORMAT_VERSION):
-            raise LedgerError(
-                f"the ledger {str(path)!r} has format version {self.facts.get('format_version')}, this "
-                f"gradkern reads version {FORMAT_VERSION}; read it with the version that wrote it"
-            )
-        for entry in self.files:
-            self._require_size(entry)
         try:
             self.layout = Layout.from_json(self.facts["layout"])
         except (KeyError, TypeError, ValueError) as error:
             raise LedgerError(
                 f"the catalog {str(catalog)!r} is damaged: its layout does not parse ({error}); restore it from a copy"
             ) from error
+
+    def _require_version(self) -> None:
+        if self.facts.get("format_version") != str(FORMAT_VERSION):
+            raise LedgerError(
+                f"the ledger {str(self._path)!r} has format version {self.facts.get('format_version')}, this "
+                f"gradkern reads version {FORMAT_VERSION}; read it with the version that wrote it"
+            )
 
     @property
     def segments(self) -> Sequence[FileEntry]:
@@ -256,6 +278,19 @@ class StoreReader:
                 f"{str(file)!r} is damaged: it has {size} bytes, {entry.bytes} were committed; restore the "
                 f"file from a copy"
             )
+
+
+def _make_folder(path: Path) -> list[Path]:
+    """Create a folder with its parents; returns what was created, outermost first.
+
+    Raises:
+        FileExistsError: ``path`` exists.
+    """
+    missing = [parent for parent in reversed(path.absolute().parents) if not parent.exists()]
+    for parent in missing:
+        parent.mkdir(exist_ok=True)
+    path.mkdir()
+    return [*missing, path.absolute()]
 
 
 def _sync_folder(folder: Path) -> None:

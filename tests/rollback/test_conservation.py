@@ -10,7 +10,8 @@ from recorded_models import TokenModel, gpt2, scale_preconditioner, token_data, 
 from torch import nn
 
 import gradkern as gk
-from gradkern.rollback import VerifyReport
+from gradkern.errors import LedgerError
+from gradkern.rollback import Recorder, VerifyReport
 
 
 def law(report: VerifyReport) -> tuple[bool | None, ...]:
@@ -92,6 +93,65 @@ def test_steps_skipped_on_the_device_change_nothing(token_model, train):
     assert law(skipped.ledger().verify(token_model)) == (False, False)
 
 
+def test_a_step_that_the_device_skips_belongs_to_nobody(token_model, train):
+    before = {}
+
+    def overflow(model, optimizer, step):
+        optimizer.grad_scale = torch.ones(())
+        optimizer.found_inf = torch.tensor(float(step == 2))
+        before[step] = [p.detach().clone() for p in model.parameters()]
+
+    run = train(token_model, token_data(), before_step=overflow)
+    assert all(map(torch.equal, before[2], before[3]))
+    assert not all(map(torch.equal, before[3], before[4]))
+    ledger = run.ledger()
+    assert ledger.steps == 4
+    assert ledger.visits == 4 * 6
+    assert ledger.verify(token_model).passed
+
+
+def test_gradients_that_the_batches_did_not_give_are_refused_at_the_step(token_model, tmp_path):
+    data = token_data()
+
+    def backward(recorder):
+        with recorder.batch(torch.arange(3)):
+            token_loss(token_model(data[:3]), data[:3]).backward()
+
+    optimizer = gk.AdamW(token_model.parameters())
+    with gk.rollback.record(token_model, optimizer, tmp_path / "clipped") as recorder:
+        backward(recorder)
+        gk.clip_grad_norm_(token_model.parameters(), 1e-3)
+        with pytest.raises(LedgerError, match=r"is not what the recorded batches gave it.*max_norm="):
+            optimizer.step()
+    optimizer = gk.AdamW(token_model.parameters())
+    optimizer.zero_grad()
+    with gk.rollback.record(token_model, optimizer, tmp_path / "cleared") as recorder:
+        backward(recorder)
+        optimizer.zero_grad()
+        backward(recorder)
+        with pytest.raises(LedgerError, match=r"recorder\.discard\(\)"):
+            optimizer.step()
+
+
+def test_a_gradient_from_before_the_recording_is_refused(token_model, tmp_path):
+    optimizer = gk.AdamW(token_model.parameters())
+    data = token_data()
+    token_loss(token_model(data[:3]), data[:3]).backward()
+    with pytest.raises(LedgerError, match="has a gradient already"):
+        gk.rollback.record(token_model, optimizer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nonfinite_gradient_names_its_sample(token_model, tmp_path):
+    optimizer = gk.AdamW(token_model.parameters())
+    data = token_data()
+    with gk.rollback.record(token_model, optimizer, tmp_path / "run") as recorder:
+        with recorder.batch(torch.tensor([7, 8, 9])):
+            (token_loss(token_model(data[:3]), data[:3]) * float("nan")).backward()
+        with pytest.raises(LedgerError, match=r"sample 7 left a non-finite gradient on"):
+            optimizer.step()
+
+
 def test_discard_forgets_gradients_cleared_without_a_step(token_model, tmp_path):
     data = token_data()
     for discard in (True, False):
@@ -133,6 +193,19 @@ def test_fails_when_a_gradient_was_not_recorded(token_model, train, sabotage):
 def test_fails_when_one_capture_is_counted_twice(token_model, train, layer, monkeypatch):
     from gradkern.rollback._intake import Intake
 
+    with monkeypatch.context() as early:
+        _count_twice(early, Intake, layer)
+        with pytest.raises(LedgerError, match="is not what the recorded batches gave it"):
+            train(token_model, token_data(), name="noticed at the step")
+    token_model.zero_grad()
+    # The law itself, without the comparison of some steps that notices first.
+    monkeypatch.setattr(Recorder, "_require_captured", lambda *_: None)
+    _count_twice(monkeypatch, Intake, layer)
+    run = train(token_model, token_data())
+    assert law(run.ledger().verify(token_model)) == (False, False)
+
+
+def _count_twice(monkeypatch, intake, layer):
     def doubled(original):
         def twice(self, owned, *args):
             original(self, owned, *args)
@@ -142,9 +215,7 @@ def test_fails_when_one_capture_is_counted_twice(token_model, train, layer, monk
         return twice
 
     for name in ("take_matrix", "take_bias", "take_embedding", "take_norm"):
-        monkeypatch.setattr(Intake, name, doubled(getattr(Intake, name)))
-    run = train(token_model, token_data())
-    assert law(run.ledger().verify(token_model)) == (False, False)
+        monkeypatch.setattr(intake, name, doubled(getattr(intake, name)))
 
 
 def test_fails_when_the_reported_preconditioner_is_not_the_one_used(token_model, train):

@@ -8,6 +8,7 @@ import random
 import signal
 import sqlite3
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,11 +137,13 @@ def test_every_truncation_is_noticed(recorded):
         content = file.read_bytes()
         for length in {0, 1, 8, len(content) // 2, len(content) - 1}:
             file.write_bytes(content[:length])
+            ledger = gk.rollback.open(recorded.path)
             with pytest.raises(LedgerError, match=rf"{file.name}.*has {length} bytes, {len(content)} were"):
-                gk.rollback.open(recorded.path)
+                use_everything(ledger, recorded.model)
+            assert not ledger.verify(recorded.model).passed
         file.unlink()
         with pytest.raises(LedgerError, match=f"{file.name}.*is missing"):
-            gk.rollback.open(recorded.path)
+            use_everything(gk.rollback.open(recorded.path), recorded.model)
         file.write_bytes(content)
 
 
@@ -211,6 +214,67 @@ def test_a_full_disk_loses_nothing_that_can_still_be_written(token_model, tmp_pa
             else:
                 optimizer.step()
             optimizer.zero_grad()
+        broken[0] = True
+        with pytest.raises(OSError, match="No space left"):
+            recorder.close()
+        assert "forward" not in vars(token_model.hidden)
+        with pytest.raises(LedgerError, match="recorder is closed"), recorder.batch([1]):
+            pass
+        broken[0] = False
+        recorder.close()
     ledger = gk.rollback.open(tmp_path / "run")
     assert (ledger.steps, ledger.visits) == (4, 96)
+    assert ledger.verify(token_model).passed
+
+
+def test_a_folder_that_another_process_created_meanwhile_is_not_removed(token_model, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    make = Path.mkdir
+
+    def lose_the_race(self, *args, **kwargs):
+        if self == path:
+            make(self)
+            (self / "theirs").write_text("precious")
+            raise FileExistsError(self)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", lose_the_race)
+    with pytest.raises(LedgerError, match="exists, expected a new folder"):
+        gk.rollback.record(token_model, gk.AdamW(token_model.parameters()), path)
+    assert (path / "theirs").read_text() == "precious"
+    assert "forward" not in vars(token_model.hidden)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupted_commit_is_made_once(token_model, tmp_path, monkeypatch, moment):
+    """Ctrl-C around a COMMIT: whether it took effect or not, closing afterwards leaves every step exactly once."""
+    optimizer = gk.AdamW(token_model.parameters(), lr=1e-2, max_norm=1.0)
+    recorder = gk.rollback.record(token_model, optimizer, tmp_path / "run", steps_per_segment=2)
+    commit = StoreWriter._commit
+    calls = []
+
+    def interrupted(self, entry, facts, schema=()):
+        calls.append(entry.name)
+        if len(calls) == 1 and moment == "before":
+            raise KeyboardInterrupt
+        commit(self, entry, facts, schema)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StoreWriter, "_commit", interrupted)
+    data = token_data()
+    for step in range(4):
+        with recorder.batch(torch.arange(3)):
+            token_loss(token_model(data[:3]), data[:3]).backward()
+        if step == 1:
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    recorder.close()
+    assert len(set(calls)) == len(calls), "a file was written twice under one name"
+    ledger = gk.rollback.open(tmp_path / "run")
+    assert ledger.steps == 4
+    assert ledger.visits == 12
     assert ledger.verify(token_model).passed
