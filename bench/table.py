@@ -28,7 +28,8 @@ def readme_table(records: Sequence[dict[str, Any]]) -> str:
         for what, metric, torch_system in (
             ("clip + AdamW", "clip_step_min", "torch clip + fused"),
             ("clip + AdamW, torch's `grad_scale` trick", "clip_step_min", "torch grad_scale + fused"),
-            ("4 micro-batches, clip, step, zero", "cycle_k4_min", "torch add_ + clip + fused"),
+            ("4 micro-batches by `add_`, clip, step, zero", "cycle_k4_min", "torch add_ + clip + fused"),
+            ("4 micro-batches by `_foreach_add_`", "cycle_k4_min", "torch _foreach_add_ + clip + fused"),
         ):
             ours, theirs = values[case, "gradkern", metric], values[case, torch_system, metric]
             rows.append(f"| {label}: {what} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |")

@@ -14,7 +14,7 @@ inline void check_table(const char* op, const torch::stable::Tensor& table, int6
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == columns && table.is_contiguous() &&
                       table.scalar_type() == torch::headeronly::ScalarType::Long,
                   op, ": table must be a contiguous int64 tensor of ", columns,
-                  " columns, got another shape or dtype; tables come from gradkern.ops._table.TensorTable");
+                  " columns, got another shape or dtype; tables come from gradkern.ops._table.AddressTable");
 }
 
 inline void check_block(const char* op, const char* name, const torch::stable::Tensor& block, int64_t size) {

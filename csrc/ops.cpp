@@ -136,6 +136,8 @@ void step_scalars(Tensor scalars, torch::headeronly::HeaderOnlyArrayRef<Tensor> 
     return;
   }
   for (const Tensor& block : steps) {
+    STD_TORCH_CHECK(block.scalar_type() == torch::headeronly::ScalarType::Float && block.is_contiguous(),
+                    "step_scalars_: steps must be contiguous fp32 tensors");
     auto* values = static_cast<float*>(block.mutable_data_ptr());
     for (int64_t i = 0; i < block.numel(); ++i) {
       values[i] += 1.0f;

@@ -9,7 +9,7 @@ import torch
 
 from gradkern import functional
 from gradkern.grad_fold import GradFold, fold_list_, known_partials
-from gradkern.ops._chunks import DTYPE_CODES
+from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
 from gradkern.ops._table import AddressTable
 from gradkern.ops.step_scalars import reference as scalar_layout
 
@@ -56,6 +56,12 @@ class GradAccumulator:
                     f"GradAccumulator: params[{i}] has dtype {param.dtype}, expected one of "
                     f"{', '.join(map(str, DTYPE_CODES))}; leave it to autograd"
                 )
+            if not kernel_can_read(param) or param.device != self._params[0].device:
+                raise ValueError(
+                    f"GradAccumulator: params[{i}] is a {type(param).__name__} on {param.device}, stride "
+                    f"{param.stride()}, expected plain dense parameters on {self._params[0].device}; use one "
+                    "accumulator per device and leave the rest to autograd"
+                )
         self._fold = GradFold(self._params, "GradAccumulator")
         self._low_precision = [p for p in self._params if p.dtype != torch.float32]
         for param in self._low_precision:
@@ -74,7 +80,8 @@ class GradAccumulator:
             grads: One per parameter, of its shape, fp32, bf16 or fp16; None passes a parameter over.
 
         Raises:
-            ValueError: Another number of gradients than of parameters; nothing is folded then.
+            ValueError: Another number of gradients than of parameters, or one of another shape, layout or dtype than a
+                parameter's gradient can have; nothing is folded then.
         """
         if len(grads) != len(self._params):
             raise ValueError(
@@ -82,15 +89,33 @@ class GradAccumulator:
                 "parameter; pass None where there is none"
             )
         pairs = [(p, g) for p, g in zip(self._params, grads, strict=True) if g is not None]
-        for dtype in {g.dtype for _, g in pairs}:
+        for i, (param, grad) in enumerate(pairs):
+            fits = grad.shape == param.shape and grad.stride() == param.stride() and grad.device == param.device
+            if not fits or grad.dtype not in DTYPE_CODES:
+                raise ValueError(
+                    f"GradAccumulator.accumulate_: gradient {i} is {grad.dtype} of shape {tuple(grad.shape)}, stride "
+                    f"{grad.stride()} on {grad.device}, expected fp32, bf16 or fp16 laid out as its parameter: shape "
+                    f"{tuple(param.shape)}, stride {param.stride()} on {param.device}"
+                )
+        for dtype in dict.fromkeys(g.dtype for _, g in pairs):
             fresh = [(p, g) for p, g in pairs if g.dtype == dtype and p.grad is None]
             present = [(p, g) for p, g in pairs if g.dtype == dtype and p.grad is not None]
             self._fold_list(fresh, dtype, overwrite=True)
             self._fold_list(present, dtype, overwrite=False)
 
     def norm(self) -> torch.Tensor:
-        """L2 norm of the accumulated gradients, 0-dim fp32; free where backward folded them. Does not synchronise."""
-        return self._scalars(math.inf)[scalar_layout.NORM].float()
+        """L2 norm of the accumulated gradients, 0-dim fp32; free where they were folded. Does not synchronise.
+
+        Edits that bump no version (``GradScaler.unscale_``, collectives, ``.data``, numpy) are not noticed here;
+        :meth:`clip_grad_norm_` and ``gradkern.get_total_norm`` read the gradients themselves.
+        """
+        listed = known_partials(self.grads)
+        scalars = functional.new_scalars(self._params[0].device)
+        if listed is None:
+            scalars = self._scalars(math.inf, self._known())
+        else:
+            functional.step_scalars_(scalars, [], [listed])
+        return scalars[scalar_layout.NORM].float()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the accumulated gradients in place so that their norm is at most ``max_norm``.
@@ -101,7 +126,7 @@ class GradAccumulator:
         Returns:
             The norm before clipping, 0-dim fp32.
         """
-        scalars = self._scalars(float(max_norm))
+        scalars = self._scalars(float(max_norm), [])
         multiplier = scalars[scalar_layout.GRAD_MULTIPLIER].float()
         for grad in self.grads:
             grad.mul_(multiplier)
@@ -132,6 +157,9 @@ class GradAccumulator:
         if not pairs:
             return
         params = [p for p, _ in pairs]
+        for param in params:
+            if param.grad is not None and param.grad.dtype != torch.float32:
+                param.grad = param.grad.float()  # as cast_grads_() or autograd left it
         main_grads: list[torch.Tensor] = [self._fold.fresh_main_grad(p) if p.grad is None else p.grad for p in params]
         cache = self._fold_caches.setdefault((dtype, overwrite), AddressTable())
         fold_list_(main_grads, [g for _, g in pairs], overwrite=overwrite, cache=cache)
@@ -139,22 +167,24 @@ class GradAccumulator:
             for param, main_grad in zip(params, main_grads, strict=True):
                 param.grad = main_grad
 
-    def _scalars(self, max_norm: float) -> torch.Tensor:
+    def _known(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """``(gradient, partials)`` of every parameter whose gradient is as a hook left it."""
+        known = []
+        for param in self._params:
+            partials = None if param.grad is None else self._fold.partials(param, param.grad)
+            if param.grad is not None and partials is not None:
+                known.append((param.grad, partials))
+        return known
+
+    def _scalars(self, max_norm: float, known: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         grads = self.grads
-        listed = known_partials(grads)
-        partials = [] if listed is None else [listed]
-        if listed is None:
-            rest: dict[torch.dtype, list[torch.Tensor]] = {}
-            for param in self._params:
-                grad = param.grad
-                if grad is None:
-                    continue
-                folded = self._fold.partials(param, grad)
-                if folded is None:
-                    rest.setdefault(grad.dtype, []).append(grad)
-                else:
-                    partials.append(folded)
-            partials.extend(functional.sumsq(same) for same in rest.values())
+        settled = {id(grad) for grad, _ in known}
+        partials = [partials for _, partials in known]
+        rest: dict[torch.dtype, list[torch.Tensor]] = {}
+        for grad in grads:
+            if id(grad) not in settled:
+                rest.setdefault(grad.dtype, []).append(grad)
+        partials.extend(functional.sumsq(same) for same in rest.values())
         scalars = functional.new_scalars(self._params[0].device)
         functional.step_scalars_(scalars, [], partials, max_norm=max_norm)
         return scalars

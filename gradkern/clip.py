@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from gradkern import functional
-from gradkern.ops._chunks import DTYPE_CODES, is_dense
+from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
 from gradkern.ops.step_scalars import reference as scalar_layout
 
 __all__ = ["clip_grad_norm_", "get_total_norm"]
@@ -94,14 +94,7 @@ def _ours(tensors: list[torch.Tensor], norm_type: float) -> bool:
     return (
         bool(tensors)
         and float(norm_type) == 2.0
-        and all(
-            type(t) in (torch.Tensor, torch.nn.Parameter)
-            and t.dtype in DTYPE_CODES
-            and t.layout == torch.strided
-            and t.device == tensors[0].device
-            and is_dense(t)
-            for t in tensors
-        )
+        and all(kernel_can_read(t) and t.device == tensors[0].device for t in tensors)
     )
 
 

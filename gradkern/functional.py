@@ -69,7 +69,7 @@ def sumsq(
     """
     if torch.compiler.is_compiling():
         traced: torch.Tensor = torch.ops.gradkern.sumsq.default(list(tensors))
-        return traced
+        return traced if partials is None else partials.copy_(traced)
     operands = Operands(SUMSQ.name, {"tensors": tensors}, cache)
     if partials is None:
         partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
@@ -155,6 +155,13 @@ def step_scalars_(
         The partials are summed exactly, so the norm does not depend on their order.
     """
     limit = math.inf if max_norm is None else max_norm
+    for name, blocks, dtype in (("steps", steps, torch.float32), ("partials", partials, torch.float64)):
+        for i, block in enumerate(blocks):
+            if block.dtype != dtype or block.device != scalars.device or not block.is_contiguous():
+                raise ValueError(
+                    f"step_scalars_: {name}[{i}] is {block.dtype} on {block.device}, stride {block.stride()}, expected "
+                    f"contiguous {dtype} on {scalars.device}"
+                )
     if torch.compiler.is_compiling():
         torch.ops.gradkern.step_scalars_.default(
             scalars, list(steps), list(partials), max_norm=limit, grad_scale=grad_scale, found_inf=found_inf

@@ -12,10 +12,13 @@ low-precision parameters with an fp32 accumulator are folded from the first one 
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -136,16 +139,32 @@ class _Entry:
 
     def fresh_main_grad(self, param: torch.Tensor) -> torch.Tensor:
         """An fp32 buffer of the parameter's layout to overwrite: the last one, unless a user still sees it."""
-        if self._main_grad is None or self._held_elsewhere(self._main_grad):
+        if self._main_grad is None or self._held_elsewhere():
             self._main_grad = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
         return self._main_grad
 
-    def _held_elsewhere(self, tensor: torch.Tensor) -> bool:
+    def _held_elsewhere(self) -> bool:
         """By name, through a graph, or through a view, detach() or numpy()."""
-        names = sys.getrefcount(tensor) - 3  # the slot, this argument, getrefcount's own
+        if _references(self) > _REFERENCES_ALONE:
+            return True
+        tensor = self._main_grad
+        assert tensor is not None  # noqa: S101  (the caller asks only then; narrows the type)
         # One for the tensor, one for the Python object asked here; views, detach() and numpy() add to it.
         storages = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-        return names > 0 or storages > 2 or tensor._use_count() > 1  # type: ignore[attr-defined]
+        return storages > 2 or tensor._use_count() > 1  # type: ignore[attr-defined]
+
+
+def _references(holder: Any) -> int:
+    return sys.getrefcount(holder._main_grad)
+
+
+# How many references getrefcount counts to a tensor that only its slot holds: it differs between Python versions.
+_REFERENCES_ALONE = _references(SimpleNamespace(_main_grad=torch.empty(0)))
+
+
+def _owner_of(param: torch.Tensor) -> GradFold | None:
+    owner: weakref.ref[GradFold] | None = _OWNERS.get(param)
+    return None if owner is None else owner()
 
 
 def _hook(entry_ref: weakref.ref[_Entry]) -> Callable[[tuple[torch.Tensor, ...]], tuple[None] | None]:
@@ -174,14 +193,17 @@ class GradFold:
     Args:
         params: Leaf parameters; those that autograd should keep to itself are left out by the caller.
         owner: Name of the object that folds, for the message when two want the same parameter.
+        share: Leave parameters that another fold owns to it, instead of raising: ``p.grad`` is the same either way,
+            only the norm then costs a pass. (``opt = AdamW(...)`` again in a notebook cell meets the old optimizer.)
 
     Raises:
         ValueError: Another fold owns one of the parameters; nothing is hooked then.
     """
 
-    def __init__(self, params: Iterable[torch.Tensor], owner: str) -> None:
+    def __init__(self, params: Iterable[torch.Tensor], owner: str, *, share: bool = False) -> None:
         self._entries: dict[int, _Entry] = {}
         self._owner = owner
+        self._share = share
         self.add(params)
 
     def add(self, params: Iterable[torch.Tensor]) -> None:
@@ -191,14 +213,18 @@ class GradFold:
             ValueError: Another fold owns one of them; nothing is hooked then.
         """
         wanted = [p for p in params if id(p) not in self._entries]
-        for param in wanted:
-            other = _OWNERS.get(param)
-            if other is not None and other() is not None:
+        owned = [p for p in wanted if _owner_of(p) is not None]
+        if owned and not self._share:
+            gc.collect()  # an owner that waits in a reference cycle is no owner
+            owned = [p for p in owned if _owner_of(p) is not None]
+            if owned:
                 raise ValueError(
-                    f"{self._owner}: the gradient of a parameter of shape {tuple(param.shape)} is already folded by "
+                    f"{self._owner}: the gradient of a parameter of shape {tuple(owned[0].shape)} is already folded by "
                     "another optimizer or GradAccumulator, expected one owner; call detach() on the other first"
                 )
         for param in wanted:
+            if _owner_of(param) is not None:
+                continue
             self._entries[id(param)] = _Entry(param)
             _OWNERS[param] = weakref.ref(self)
 

@@ -144,3 +144,38 @@ def test_norm_of_a_folded_list_reaches_the_optimizer_and_edits_are_seen():
     assert same_bits(accumulator.norm(), expected)
     assert known_partials([p.grad for p in params][:-1]) is None
     assert known_partials([]) is None
+
+
+def test_accumulating_on_after_cast_grads_widens_again():
+    model = tiny(torch.bfloat16)
+    params = list(model.parameters())
+    accumulator = gk.GradAccumulator(params)
+    loss_of(model, 0).backward()
+    accumulator.cast_grads_()
+    before = [p.grad.float() for p in params]
+    more = [torch.ones_like(p) for p in params]
+    accumulator.accumulate_(more)
+    for p, b, m in zip(params, before, more, strict=True):
+        assert same_bits(p.grad, b + m.float())
+
+
+def test_clipping_after_unscale_reads_the_gradients_again():
+    model = tiny()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = gk.GradAccumulator(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for k in range(3):
+        scaler.scale(loss_of(model, k)).backward()
+    scaler.unscale_(opt)
+    truth = torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm().item()
+    assert accumulator.clip_grad_norm_(1e9).item() == pytest.approx(truth, rel=1e-6)
+
+
+def test_a_bad_gradient_is_refused_before_any_is_folded():
+    model = tiny()
+    params = list(model.parameters())
+    accumulator = gk.GradAccumulator(params)
+    good = [torch.ones_like(p) for p in params]
+    with pytest.raises(ValueError, match=r"gradient 1 is torch\.float32 of shape \(3,\)"):
+        accumulator.accumulate_([good[0], torch.ones(3), *good[2:]])
+    assert all(p.grad is None for p in params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["CHUNK", "DTYPE_CODES", "chunk_count", "flat_view", "is_dense"]
+__all__ = ["CHUNK", "DTYPE_CODES", "chunk_count", "flat_view", "is_dense", "kernel_can_read"]
 
 CHUNK = 4096
 """Elements in one chunk; ``kChunk`` in ``csrc/cpu/kernels.h``."""
@@ -40,3 +40,16 @@ def flat_view(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_contiguous():
         return tensor.view(-1)
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def kernel_can_read(tensor: torch.Tensor) -> bool:
+    """Whether kernels can walk the tensor's memory: a plain dense tensor of a dtype that they store.
+
+    Subclasses (DTensor and other wrappers) have no memory of their own.
+    """
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.dtype in DTYPE_CODES
+        and tensor.layout == torch.strided
+        and is_dense(tensor)
+    )

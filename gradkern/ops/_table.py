@@ -29,6 +29,11 @@ _dtype = attrgetter("dtype")
 _device = attrgetter("device")
 
 
+# Dtypes that kernels take for granted, by the name of the operand.
+_FLOAT32 = frozenset({"main_grads", "steps"})
+_SAME_DTYPE = {"exp_avg_sqs": "exp_avgs", "max_exp_avg_sqs": "exp_avgs"}
+
+
 class AddressTable:
     """Sizes and addresses of the operands of one op, refreshed before each call.
 
@@ -36,7 +41,7 @@ class AddressTable:
         chunks: Chunks of all rows together.
     """
 
-    __slots__ = ("_addresses", "_data", "_device_data", "_dtypes", "_shapes", "_strides", "chunks")
+    __slots__ = ("_addresses", "_aligned", "_data", "_device_data", "_dtypes", "_shapes", "_strides", "chunks")
 
     def __init__(self) -> None:
         self._addresses: dict[str, list[int]] = {}
@@ -45,6 +50,7 @@ class AddressTable:
         self._dtypes: dict[str, torch.dtype | None] = {}
         self._data = torch.empty(0, 2, dtype=torch.int64)
         self._device_data: torch.Tensor | None = None
+        self._aligned = True
         self.chunks = 0
 
     def refresh(self, op: str, columns: Mapping[str, Column]) -> torch.Tensor:
@@ -57,7 +63,8 @@ class AddressTable:
 
         Raises:
             ValueError: Lists of unequal length, mixed dtypes or devices in a column, or operands of unequal layout.
-            TypeError: A dtype that kernels do not store.
+            TypeError: A dtype that kernels do not store, or not the one they take for granted (fp32 ``main_grads`` and
+                ``steps``; moments of one dtype).
         """
         names = list(columns)
         first = columns[names[0]]
@@ -84,14 +91,9 @@ class AddressTable:
         dtype = self._dtypes[name]
         return 0 if dtype is None else DTYPE_CODES[dtype]
 
-    def aligned(self, byte_count: int = 16) -> bool:
-        """Whether every operand but scalars starts at a multiple of ``byte_count``, as 128-bit accesses need."""
-        return all(
-            address % byte_count == 0
-            for name, addresses in self._addresses.items()
-            if name != "steps"
-            for address in addresses
-        )
+    def aligned(self) -> bool:
+        """Whether every operand but scalars starts at a multiple of 16 bytes, as 128-bit accesses need."""
+        return self._aligned
 
     def _reset(self, rows: int, names: list[str]) -> None:
         self._addresses = {name: [] for name in names}
@@ -115,6 +117,8 @@ class AddressTable:
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors, expected {len(first)} as in the first operand")
         if tensors is not None and tensors:
             self._check_column(op, name, tensors, first[0].device)
+            if 0 in addresses:
+                self._check_storage(op, name, tensors)
         if position == 0:
             self._set_layouts(op, name, first)
         elif tensors is not None and name != "steps":
@@ -122,9 +126,24 @@ class AddressTable:
         self._data[:, 2 + position] = torch.tensor(addresses, dtype=torch.int64) if addresses else 0
         self._addresses[name] = addresses
         self._device_data = None
+        self._aligned = all(
+            address % 16 == 0 for other, column in self._addresses.items() if other != "steps" for address in column
+        )
+
+    def _check_storage(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        for i, tensor in enumerate(tensors):
+            if tensor.numel() > 0 and tensor.data_ptr() == 0:
+                raise ValueError(
+                    f"{op}: {name}[{i}] is a {type(tensor).__name__} on {tensor.device} without memory of its own, "
+                    "expected a plain tensor; leave it to torch"
+                )
 
     def _check_column(self, op: str, name: str, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         dtype = tensors[0].dtype
+        same_as = _SAME_DTYPE.get(name)
+        expected = torch.float32 if name in _FLOAT32 else None if same_as is None else self._dtypes[same_as]
+        if expected is not None and dtype != expected:
+            raise TypeError(f"{op}: {name}[0] has dtype {dtype}, expected {expected}; convert it first")
         if dtype not in DTYPE_CODES:
             raise TypeError(
                 f"{op}: {name}[0] has dtype {dtype}, kernels store {', '.join(map(str, DTYPE_CODES))}; "
@@ -148,6 +167,11 @@ class AddressTable:
                         f"{op}: {name}[{i}] has gaps or overlaps (shape {tuple(tensor.shape)}, stride "
                         f"{tensor.stride()}), expected dense memory; call .contiguous()"
                     )
+        if shapes != self._shapes or strides != self._strides:
+            for other in self._addresses:  # every other operand must be held against the new layout
+                if other != name:
+                    self._addresses[other] = []
+                    self._dtypes[other] = None
         if shapes != self._shapes:
             sizes = list(map(_numel, tensors))
             first_chunks = list(accumulate(map(chunk_count, sizes), initial=0))

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradkern import functional
 from gradkern.grad_fold import FOLD_MIN_NUMEL, GradFold, known_partials
-from gradkern.ops._chunks import DTYPE_CODES, is_dense
+from gradkern.ops._chunks import kernel_can_read
 from gradkern.ops._table import AddressTable, Operands
 from gradkern.ops.step_scalars import reference as scalar_layout
 from gradkern.step_event import ParamStep, StepEvent
@@ -31,7 +31,9 @@ State = dict[str, Any]
 _grad = attrgetter("grad")
 _dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _layout = torch.Tensor.layout.__get__  # type: ignore[attr-defined]
+_shape = attrgetter("shape")
 _is_contiguous = torch.Tensor.is_contiguous
+_stride = torch.Tensor.stride
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class Bucket:
     kernel: bool
     grads: list[torch.Tensor] = field(default_factory=list)
     operands: Operands | None = None
+    step_ids: list[int] = field(default_factory=list)
     step_cache: AddressTable = field(default_factory=AddressTable)
     norm_cache: AddressTable = field(default_factory=AddressTable)
 
@@ -63,7 +66,7 @@ class _GroupPlan:
     __slots__ = ("buckets", "signature", "step_buffer")
 
     def __init__(self) -> None:
-        self.signature: tuple[list[int], list[bool], list[torch.dtype], list[torch.layout]] | None = None
+        self.signature: tuple[object, ...] | None = None
         self.buckets: list[Bucket] = []
         self.step_buffer: torch.Tensor | None = None
 
@@ -87,7 +90,7 @@ class FusedStepMixin(torch.optim.Optimizer):
         self._scalars: torch.Tensor | None = None
         self._found_inf: torch.Tensor | None = None
         self._event_hooks: OrderedDict[int, Callable[[StepEvent], None]] = OrderedDict()
-        self._fold = GradFold(self._foldable(), type(self).__name__)
+        self._fold = GradFold(self._foldable(), type(self).__name__, share=True)
 
     # --- for subclasses ---------------------------------------------------------------------------------------------
 
@@ -187,19 +190,21 @@ class FusedStepMixin(torch.optim.Optimizer):
         buckets = self._gather()
         if not buckets:
             return loss
-        for bucket in buckets:
-            # Before any kernel: what is checked here lies in cache still, and nothing has been modified yet.
-            bucket.operands = self._operands(bucket) if bucket.kernel else None
-        scalars = self._step_scalars(buckets)
-        for bucket in buckets:
-            if bucket.operands is not None:
-                self._launch(bucket.group, bucket.operands, scalars)
-            else:
-                self._update_with_torch(bucket, scalars)
-        if self._event_hooks:
-            self._report(buckets, scalars)
-        for bucket in buckets:
-            bucket.grads, bucket.operands = [], None  # a bucket must not keep gradients alive past zero_grad()
+        try:
+            for bucket in buckets:
+                # Before any kernel: what is checked here lies in cache still, and nothing has been modified yet.
+                bucket.operands = self._operands(bucket) if bucket.kernel else None
+            scalars = self._step_scalars(buckets)
+            for bucket in buckets:
+                if bucket.operands is not None:
+                    self._launch(bucket.group, bucket.operands, scalars)
+                else:
+                    self._update_with_torch(bucket, scalars)
+            if self._event_hooks:
+                self._report(buckets, scalars)
+        finally:
+            for bucket in buckets:
+                bucket.grads, bucket.operands = [], None  # a bucket must not keep gradients alive past zero_grad()
         return loss
 
     # --- internals --------------------------------------------------------------------------------------------------
@@ -209,7 +214,11 @@ class FusedStepMixin(torch.optim.Optimizer):
             p
             for group in self.param_groups
             for p in group["params"]
-            if p.requires_grad and p.is_leaf and p.dtype == torch.float32 and p.numel() >= FOLD_MIN_NUMEL
+            if p.requires_grad
+            and p.is_leaf
+            and p.dtype == torch.float32
+            and p.numel() >= FOLD_MIN_NUMEL
+            and kernel_can_read(p)
         ]
 
     def _gather(self) -> list[Bucket]:
@@ -224,16 +233,18 @@ class FusedStepMixin(torch.optim.Optimizer):
                 positions = [i for i in positions if grads[i] is not None]
                 params = [params[i] for i in positions]
                 grads = [grads[i] for i in positions]
+            contiguous = all(map(_is_contiguous, params)) and all(map(_is_contiguous, grads))
             signature = (
                 list(map(id, params)),
-                list(map(_is_contiguous, params)),
+                list(map(_shape, params)),
+                None if contiguous else (list(map(_stride, params)), list(map(_stride, grads))),
                 list(map(_dtype, grads)),
                 list(map(_layout, grads)),
             )
-            if plan.signature != signature:
+            if plan.signature != (signature, id(self.state), len(self.state)):
                 self._check_grads(grads)
                 plan.buckets = self._new_buckets(group, plan, params, grads, positions)
-                plan.signature = signature
+                plan.signature = (signature, id(self.state), len(self.state))  # with the state just made
             if len(plan.buckets) == 1:
                 plan.buckets[0].grads = grads
             else:
@@ -241,17 +252,24 @@ class FusedStepMixin(torch.optim.Optimizer):
                 for bucket in plan.buckets:
                     bucket.grads = [grad_at[position] for position in bucket.positions]
             buckets.extend(plan.buckets)
-        if self.max_norm is not None:
-            self._check_devices(buckets)
         return buckets
 
     def _check_grads(self, grads: Sequence[torch.Tensor]) -> None:
+        """Refuse what no update can take, before any state is made."""
         for grad in grads:
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-
-    def _check_devices(self, buckets: Sequence[Bucket]) -> None:
-        devices = {bucket.params[0].device for bucket in buckets}
+        if self.max_norm is None:
+            return
+        plain = (torch.Tensor, torch.nn.Parameter)
+        wrapped = next((g for g in grads if type(g) not in plain), None)
+        if wrapped is not None:
+            raise ValueError(
+                f"{type(self).__name__}: max_norm needs plain gradients, got a {type(wrapped).__name__}, whose norm "
+                "other processes share; clip with torch.nn.utils.clip_grad_norm_ and pass max_norm=None"
+            )
+        trained = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        devices = {p.device for p in trained}
         if len(devices) > 1:
             raise ValueError(
                 f"{type(self).__name__}: max_norm needs all gradients on one device, got "
@@ -266,14 +284,13 @@ class FusedStepMixin(torch.optim.Optimizer):
         grads: Sequence[torch.Tensor],
         positions: Sequence[int],
     ) -> list[Bucket]:
-        self._adopt_steps(group, plan)
-        assert plan.step_buffer is not None  # noqa: S101  (set by _adopt_steps; narrows the type)
+        cells = self._adopt_steps(group, plan)
         names = self._state_names(group)
         buckets: dict[tuple[Any, ...], Bucket] = {}
         for param, grad, position in zip(params, grads, positions, strict=True):
             state = self.state[param]
             if not state:
-                state["step"] = plan.step_buffer[position]
+                state["step"] = cells[position]
                 for name in names:
                     state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
             kernel = _kernel_can_run(param, grad, [state[name] for name in names])
@@ -284,21 +301,30 @@ class FusedStepMixin(torch.optim.Optimizer):
             bucket.params.append(param)
             bucket.positions.append(position)
             bucket.states.append(state)
+        for bucket in buckets.values():
+            bucket.step_ids = list(map(id, bucket.column("step")))
         return list(buckets.values())
 
-    def _adopt_steps(self, group: dict[str, Any], plan: _GroupPlan) -> None:
-        """Let the step counters of a group be views of one buffer, so that one addition counts them all."""
+    def _adopt_steps(self, group: dict[str, Any], plan: _GroupPlan) -> Sequence[torch.Tensor]:
+        """Let the step counters of a group be views of one buffer, so that one addition counts them all.
+
+        Returns:
+            The cell of every parameter of the group, holding the steps that its state has counted.
+        """
         params = group["params"]
-        if plan.step_buffer is not None and plan.step_buffer.numel() == len(params):
-            return
-        device = params[0].device if params else torch.device("cpu")
-        buffer = torch.zeros(len(params), dtype=torch.float32, device=device)
-        for position, param in enumerate(params):
+        devices = {p.device for p in params}
+        plan.step_buffer = torch.zeros(len(params), device=params[0].device) if len(devices) == 1 else None
+        cells: Sequence[torch.Tensor]
+        if plan.step_buffer is not None:
+            cells = plan.step_buffer.unbind()
+        else:
+            cells = [torch.zeros((), device=p.device) for p in params]
+        for cell, param in zip(cells, params, strict=True):
             state = self.state.get(param)
             if state:
-                buffer[position] = state["step"]
-                state["step"] = buffer[position]
-        plan.step_buffer = buffer
+                cell.copy_(torch.as_tensor(state["step"]))
+                state["step"] = cell
+        return cells
 
     def _step_scalars(self, buckets: Sequence[Bucket]) -> torch.Tensor:
         device = buckets[0].params[0].device
@@ -308,7 +334,8 @@ class FusedStepMixin(torch.optim.Optimizer):
         # the gradients already, by an operation that bumps no version: what was folded in backward is then out of date.
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         self._found_inf = getattr(self, "found_inf", None)
-        trusted = self._found_inf is None or grad_scale is not None
+        # Collectives on p.grad bump none either.
+        trusted = (self._found_inf is None or grad_scale is not None) and not _distributed()
         partials: list[torch.Tensor] = []
         if self.max_norm is not None:
             for bucket in buckets:
@@ -316,7 +343,13 @@ class FusedStepMixin(torch.optim.Optimizer):
         steps: list[torch.Tensor] = []
         for plan in self._plans:
             counted = [bucket for bucket in plan.buckets if bucket.kernel]
-            if plan.step_buffer is not None and sum(len(b.params) for b in counted) == plan.step_buffer.numel():
+            whole = plan.step_buffer is not None and sum(len(b.params) for b in counted) == len(plan.step_buffer)
+            # A counter that someone replaced is no cell of the buffer any more.
+            if (
+                plan.step_buffer is not None
+                and whole
+                and all(list(map(id, b.column("step"))) == b.step_ids for b in counted)
+            ):
                 steps.append(plan.step_buffer)
             else:
                 steps.extend(state["step"] for bucket in counted for state in bucket.states)
@@ -350,8 +383,9 @@ class FusedStepMixin(torch.optim.Optimizer):
     def _update_with_torch(self, bucket: Bucket, scalars: torch.Tensor) -> None:
         if self._found_inf is not None and bool(self._found_inf):
             return
-        multiplier = scalars[scalar_layout.GRAD_MULTIPLIER]
-        self._torch_update(bucket, [g * multiplier.to(g.dtype) for g in bucket.grads])
+        scale = getattr(self, "grad_scale", None)
+        multiplier = scalars[scalar_layout.CLIP_COEF] / (1.0 if scale is None else scale)
+        self._torch_update(bucket, [g * multiplier.to(g.device, g.dtype) for g in bucket.grads])
 
     def _report(self, buckets: Sequence[Bucket], scalars: torch.Tensor) -> None:
         multiplier = scalars[scalar_layout.GRAD_MULTIPLIER].float()
@@ -365,6 +399,10 @@ class FusedStepMixin(torch.optim.Optimizer):
             hook(event)
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
@@ -372,7 +410,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _kernel_can_run(param: torch.Tensor, grad: torch.Tensor, states: Sequence[torch.Tensor]) -> bool:
     tensors = (param, grad, *states)
     return (
-        all(t.dtype in DTYPE_CODES and t.layout == torch.strided for t in tensors)
-        and is_dense(param)
+        all(map(kernel_can_read, tensors))
+        and len({t.dtype for t in states}) == 1
         and all(t.shape == param.shape and t.stride() == param.stride() for t in tensors)
     )

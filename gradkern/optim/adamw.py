@@ -33,15 +33,14 @@ class AdamW(FusedStepMixin, torch.optim.AdamW):
         amsgrad: Divide by the largest second moment so far. Default False.
         maximize: Ascend instead of descend. Default False.
         foreach: Accepted as in torch; there is one implementation here, so it changes nothing.
-        capturable: As in torch; needs parameters on a GPU.
+        capturable: Not supported: the learning rate is read on the host.
         differentiable: Not supported: the update writes in place.
         fused: Accepted as in torch; the update is always fused.
         max_norm: Threshold of the global L2 norm over all groups; ``inf`` measures without clipping, None (default)
             does neither.
 
     Raises:
-        ValueError: A hyper-parameter out of range, ``differentiable=True``, or a parameter whose gradient another
-            gradkern optimizer or accumulator already folds.
+        ValueError: A hyper-parameter out of range, ``capturable=True`` or ``differentiable=True``.
 
     Numerics:
         fp32 arithmetic for fp32, bf16 and fp16 parameters, one IEEE rounding per operation, the same bits on every
@@ -81,6 +80,11 @@ class AdamW(FusedStepMixin, torch.optim.AdamW):
                 "AdamW: differentiable=True is not supported, expected False: the fused update writes in place and "
                 "leaves no graph; use torch.optim.AdamW(..., differentiable=True)"
             )
+        if capturable:
+            raise ValueError(
+                "AdamW: capturable=True is not supported, expected False: the learning rate is read on the host; use "
+                "torch.optim.AdamW(..., capturable=True) inside CUDA graphs"
+            )
         super().__init__(
             params,
             lr,
@@ -90,7 +94,6 @@ class AdamW(FusedStepMixin, torch.optim.AdamW):
             amsgrad,
             maximize=maximize,
             foreach=foreach,
-            capturable=capturable,
             fused=fused,
         )
         self._start(max_norm)

@@ -95,3 +95,27 @@ def test_unsupported_dtype_names_the_way_out():
 def test_meta_and_cpu_mixed_devices_are_refused():
     with pytest.raises(ValueError, match=r"on meta, expected torch\.float32 on cpu"):
         functional.sumsq([torch.ones(3), torch.ones(3, device="meta")])
+
+
+def test_dtypes_that_kernels_take_for_granted_are_checked():
+    with pytest.raises(TypeError, match=r"main_grads\[0\] has dtype torch\.bfloat16, expected torch\.float32"):
+        functional.accumulate_([torch.zeros(4, dtype=torch.bfloat16)], [torch.ones(4)])
+    scalars = functional.new_scalars(torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"exp_avg_sqs\[0\] has dtype torch\.bfloat16, expected torch\.float32"):
+        functional.adamw_step_(
+            [torch.zeros(4)], [torch.ones(4)], [torch.zeros(4)], [torch.zeros(4, dtype=torch.bfloat16)], None,
+            [torch.ones(())], scalars, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"steps\[0\] is torch\.float64"):
+        functional.step_scalars_(scalars, [torch.zeros(3, dtype=torch.float64)], [])
+
+
+def test_traced_sumsq_fills_the_given_partials():
+    def fill(x, partials):
+        return functional.sumsq([x], partials)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fill, fullgraph=True, backend="aot_eager")
+    x, partials = torch.ones(5000), torch.full((2,), -1.0, dtype=torch.float64)
+    compiled(x, partials)
+    assert partials.tolist() == [4096.0, 904.0]

@@ -365,3 +365,94 @@ def test_replaced_state_tensors_are_used():
     train(opt, model, 1, start=1)
     train(fresh, twin, 1, start=1)
     assert all(map(same_bits, model.parameters(), twin.parameters()))
+
+
+def both(change, steps_after=2):
+    """Train one step with each optimizer, change it behind its back, train on; return both sets of parameters."""
+    results = []
+    for kind in (gk.AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(64))]
+        opt = kind(params, lr=LR)
+        for step in range(1 + steps_after):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            if step == 1:
+                params = change(opt, params) or params
+            opt.step()
+        results.append((params, opt))
+    return results
+
+
+def clear_state(opt, params):
+    opt.state.clear()
+
+
+def set_step(opt, params):
+    opt.state[params[1]]["step"] = torch.tensor(5.0)
+
+
+def transpose_gradient(opt, params):
+    params[0].grad = params[0].grad.t()
+
+
+def transpose_in_place(opt, params):
+    params[0].data = params[0].data.t()
+
+
+def replace_parameter(opt, params):
+    fresh = nn.Parameter(torch.ones(64))
+    fresh.grad = params[1].grad
+    opt.param_groups[0]["params"][1] = fresh
+    return [params[0], fresh]
+
+
+@pytest.mark.parametrize("change", [clear_state, set_step, transpose_gradient, transpose_in_place, replace_parameter])
+def test_changes_behind_the_optimizers_back_do_what_they_do_in_torch(change):
+    (ours, opt), (theirs, reference) = both(change)
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+    for p, q in zip(ours, theirs, strict=True):
+        assert float(opt.state[p]["step"]) == float(reference.state[q]["step"])
+
+
+def test_a_parameter_that_grew_is_refused_before_anything_is_written():
+    p = nn.Parameter(torch.zeros(64))
+    opt = gk.AdamW([p], lr=LR)
+    p.grad = torch.ones(64)
+    opt.step()
+    p.data = torch.zeros(256)
+    p.grad = torch.ones(256)
+    with pytest.raises(RuntimeError):  # torch's own, from its own update: the state has another shape
+        opt.step()
+    assert p.data.shape == (256,)
+
+
+def test_moments_of_unequal_dtype_are_left_to_torch():
+    p = nn.Parameter(torch.zeros(64))
+    opt = gk.AdamW([p], lr=LR)
+    p.grad = torch.ones(64)
+    opt.step()
+    guard = opt.state[p]["exp_avg_sq"] = opt.state[p]["exp_avg_sq"].double()
+    opt.state[nn.Parameter(torch.zeros(1))] = {}  # another entry: the buckets are made anew
+    opt.step()
+    assert guard.dtype == torch.float64
+
+
+def test_wrapped_gradients_are_refused_with_a_norm_that_others_share():
+    class Wrapped(torch.Tensor):
+        pass
+
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.ones(4).as_subclass(Wrapped)
+    with pytest.raises(ValueError, match="needs plain gradients, got a Wrapped"):
+        gk.AdamW([p], max_norm=1.0).step()
+    assert p.tolist() == [0.0] * 4
+    opt = gk.AdamW([p])
+    opt.step()
+    assert opt.state[p]["step"].item() == 1.0
+
+
+def test_capturable_is_refused():
+    with pytest.raises(ValueError, match="capturable=True is not supported"):
+        gk.AdamW([nn.Parameter(torch.ones(2))], capturable=True)

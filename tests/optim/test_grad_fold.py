@@ -159,17 +159,29 @@ def test_users_post_accumulate_hooks_still_run():
     assert norms[-1] == pytest.approx(float(ours[3].weight.grad.norm()))
 
 
-def test_second_owner_is_refused_and_nothing_is_hooked():
-    model = mlp()
-    opt = gk.AdamW(model.parameters())
+def test_two_accumulators_of_one_parameter_are_refused_and_nothing_is_hooked():
+    model, other = mlp(), mlp(seed=1)
+    accumulator = gk.GradAccumulator(model.parameters())
     with pytest.raises(ValueError, match=r"already folded by another.*call detach\(\)"):
-        gk.AdamW(model.parameters())
-    other = mlp(seed=1)
-    with pytest.raises(ValueError, match="already folded"):
         gk.GradAccumulator([*other.parameters(), *model.parameters()])
     gk.GradAccumulator(other.parameters()).detach()  # the failed attempt owns nothing
-    opt.detach()
-    gk.AdamW(model.parameters())
+    accumulator.detach()
+    gk.GradAccumulator(model.parameters())
+
+
+def test_an_optimizer_made_again_over_the_same_parameters_works():
+    """As in a notebook: the old one lives until the name is bound again."""
+    ours, theirs = pair()
+    old = ours.opt
+    ours.opt = gk.AdamW(ours.parameters(), max_norm=1.0)
+    for k in range(3):
+        for model in (ours, theirs):
+            loss_of(model, k).backward()
+    assert same_grads(ours, theirs)
+    expected = gk.get_total_norm([p.grad for p in ours.parameters()])
+    ours.opt.step()
+    assert same_bits(ours.opt.grad_norm, expected)
+    assert not old.state
 
 
 def test_detached_optimizer_still_clips():
