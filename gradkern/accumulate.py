@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import torch
 
@@ -14,6 +15,9 @@ from gradkern.ops._table import AddressTable
 from gradkern.ops.step_scalars import reference as scalar_layout
 
 __all__ = ["GradAccumulator"]
+
+
+_shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 
 
 class GradAccumulator:
@@ -89,14 +93,7 @@ class GradAccumulator:
                 "parameter; pass None where there is none"
             )
         pairs = [(p, g) for p, g in zip(self._params, grads, strict=True) if g is not None]
-        for i, (param, grad) in enumerate(pairs):
-            fits = grad.shape == param.shape and grad.stride() == param.stride() and grad.device == param.device
-            if not fits or grad.dtype not in DTYPE_CODES:
-                raise ValueError(
-                    f"GradAccumulator.accumulate_: gradient {i} is {grad.dtype} of shape {tuple(grad.shape)}, stride "
-                    f"{grad.stride()} on {grad.device}, expected fp32, bf16 or fp16 laid out as its parameter: shape "
-                    f"{tuple(param.shape)}, stride {param.stride()} on {param.device}"
-                )
+        self._check_pairs(pairs)
         for dtype in dict.fromkeys(g.dtype for _, g in pairs):
             fresh = [(p, g) for p, g in pairs if g.dtype == dtype and p.grad is None]
             present = [(p, g) for p, g in pairs if g.dtype == dtype and p.grad is not None]
@@ -150,6 +147,25 @@ class GradAccumulator:
             if param.grad is not None:
                 param.grad = param.grad.to(param.dtype)
             param.grad_dtype = param.dtype
+
+    def _check_pairs(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        params, grads = [p for p, _ in pairs], [g for _, g in pairs]
+        if (
+            list(map(_shape, grads)) == list(map(_shape, params))
+            and all(map(torch.Tensor.is_contiguous, params))
+            and all(map(torch.Tensor.is_contiguous, grads))
+            and set(map(_dtype, grads)) <= DTYPE_CODES.keys()
+            and set(map(_device, grads)) <= {self._params[0].device}
+        ):
+            return
+        for i, (param, grad) in enumerate(pairs):
+            fits = grad.shape == param.shape and grad.stride() == param.stride() and grad.device == param.device
+            if not fits or grad.dtype not in DTYPE_CODES:
+                raise ValueError(
+                    f"GradAccumulator.accumulate_: gradient {i} is {grad.dtype} of shape {tuple(grad.shape)}, stride "
+                    f"{grad.stride()} on {grad.device}, expected fp32, bf16 or fp16 laid out as its parameter: shape "
+                    f"{tuple(param.shape)}, stride {param.stride()} on {param.device}"
+                )
 
     def _fold_list(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, *, overwrite: bool
