@@ -17,6 +17,7 @@ from gradkern.ops import _registry
 from gradkern.ops._chunks import chunk_count
 from gradkern.ops._table import AddressTable, Operands
 from gradkern.ops.accumulate.spec import SPEC as ACCUMULATE
+from gradkern.ops.adamw_step.reference import AdamWHyper
 from gradkern.ops.adamw_step.spec import COLUMNS as ADAMW_COLUMNS
 from gradkern.ops.adamw_step.spec import SPEC as ADAMW_STEP
 from gradkern.ops.step_scalars import reference as scalar_layout
@@ -236,16 +237,7 @@ def adamw_step_(
         increment_version(params)
     else:
         operands = adamw_operands(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, cache=cache)
-        adamw_step_of_(
-            operands,
-            scalars,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-        )
+        adamw_step_of_(operands, scalars, AdamWHyper(lr, beta1, beta2, eps, weight_decay, maximize))
 
 
 def adamw_operands(
@@ -263,26 +255,7 @@ def adamw_operands(
     return Operands(ADAMW_STEP.name, columns, cache)
 
 
-def adamw_step_of_(
-    operands: Operands,
-    scalars: torch.Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-) -> None:
+def adamw_step_of_(operands: Operands, scalars: torch.Tensor, hyper: AdamWHyper) -> None:
     """As :func:`adamw_step_`, on operands made by :func:`adamw_operands`."""
-    _registry.select(ADAMW_STEP, scalars.device)(
-        operands,
-        scalars,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        maximize=maximize,
-    )
+    _registry.select(ADAMW_STEP, scalars.device)(operands, scalars, hyper)
     increment_version(operands["params"])

@@ -165,9 +165,7 @@ class CountingAllocator final : public c10::Allocator {
   // oneDNN paths use raw_allocate, which needs this and context == data.
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
 
-  void copy_data(void* dest, const void* src, size_t count) const override {
-    default_copy_data(dest, src, count);
-  }
+  void copy_data(void* dest, const void* src, size_t count) const override { default_copy_data(dest, src, count); }
 };
 
 }  // namespace
@@ -175,9 +173,7 @@ class CountingAllocator final : public c10::Allocator {
 #define GRADKERN_API extern "C" __attribute__((visibility("default")))
 
 // "major.minor" of the torch this was compiled against, as 1000 * major + minor.
-GRADKERN_API int64_t gradkern_alloc_torch_version() {
-  return 1000 * TORCH_VERSION_MAJOR + TORCH_VERSION_MINOR;
-}
+GRADKERN_API int64_t gradkern_alloc_torch_version() { return 1000 * TORCH_VERSION_MAJOR + TORCH_VERSION_MINOR; }
 
 // 0: installed (now or before). 1: another library has replaced torch's allocator, nothing was done.
 GRADKERN_API int gradkern_alloc_install() {

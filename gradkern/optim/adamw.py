@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from gradkern import functional
 from gradkern.ops._table import Operands
-from gradkern.ops.adamw_step.reference import adamw_scalars
+from gradkern.ops.adamw_step.reference import AdamWHyper, adamw_scalars
 from gradkern.optim._base import Bucket, FusedStepMixin, State
 from gradkern.step_event import ParamStep
 
@@ -114,17 +114,7 @@ class AdamW(FusedStepMixin, torch.optim.AdamW):
         )
 
     def _launch(self, group: dict[str, Any], operands: Operands, scalars: torch.Tensor) -> None:
-        beta1, beta2 = group["betas"]
-        functional.adamw_step_of_(
-            operands,
-            scalars,
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-        )
+        functional.adamw_step_of_(operands, scalars, _hyper(group))
 
     def _torch_update(self, bucket: Bucket, grads: list[torch.Tensor]) -> None:
         group = bucket.group
@@ -151,16 +141,7 @@ class AdamW(FusedStepMixin, torch.optim.AdamW):
     def _param_step(
         self, group: dict[str, Any], param: torch.Tensor, state: State, grad_multiplier: torch.Tensor
     ) -> ParamStep:
-        s = adamw_scalars(
-            1.0,
-            int(state["step"]),
-            lr=float(group["lr"]),
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-        )
+        s = adamw_scalars(1.0, int(state["step"]), _hyper(group))
         second_moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
 
         def preconditioner() -> torch.Tensor:
@@ -176,6 +157,11 @@ class AdamW(FusedStepMixin, torch.optim.AdamW):
             lr=float(group["lr"]),
             preconditioner=_detached(preconditioner),
         )
+
+
+def _hyper(group: dict[str, Any]) -> AdamWHyper:
+    beta1, beta2 = map(float, group["betas"])
+    return AdamWHyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
 
 
 def _detached(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,18 @@ from gradkern.ops._table import Operands
 from gradkern.ops.step_scalars import reference as step_scalars
 from gradkern.ops.step_scalars.reference import power, round_fp32
 
-__all__ = ["AdamWScalars", "adamw_scalars", "adamw_step_"]
+__all__ = ["AdamWHyper", "AdamWScalars", "adamw_scalars", "adamw_step_"]
+
+
+class AdamWHyper(NamedTuple):
+    """Hyper-parameters of one step, as the user gave them."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +45,9 @@ class AdamWScalars:
     step_size: float
 
 
-def adamw_scalars(
-    grad_multiplier: float,
-    step: int,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-) -> AdamWScalars:
+def adamw_scalars(grad_multiplier: float, step: int, hyper: AdamWHyper) -> AdamWScalars:
     """The scalars of step number ``step`` (1 for the first)."""
+    lr, beta1, beta2, eps, weight_decay, maximize = hyper
     bias1 = 1.0 - power(beta1, step)
     bias2 = 1.0 - power(beta2, step)
     return AdamWScalars(
@@ -59,17 +62,7 @@ def adamw_scalars(
     )
 
 
-def adamw_step_(
-    operands: Operands,
-    scalars: torch.Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
+def adamw_step_(operands: Operands, scalars: torch.Tensor, hyper: AdamWHyper) -> None:
     """Update every row: ``params``, ``exp_avgs``, ``exp_avg_sqs`` and, with amsgrad, ``max_exp_avg_sqs`` in place.
 
     Operands of any of fp32, bf16 and fp16 are widened to fp32, updated, and rounded to nearest even on the way back.
@@ -83,16 +76,7 @@ def adamw_step_(
     for i, param in enumerate(operands["params"]):
         step = float(operands["steps"][i])
         if step not in scalars_of_step:
-            scalars_of_step[step] = adamw_scalars(
-                grad_multiplier,
-                int(step),
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                weight_decay=weight_decay,
-                maximize=maximize,
-            )
+            scalars_of_step[step] = adamw_scalars(grad_multiplier, int(step), hyper)
         s = scalars_of_step[step]
         p = flat_view(param)
         m = flat_view(operands["exp_avgs"][i])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gradkern.ops import _registry
@@ -14,79 +16,20 @@ __all__ = ["COLUMNS", "SPEC"]
 COLUMNS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
 
 
-def _native(
-    operands: Operands,
-    scalars: torch.Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    code = operands.cache.dtype_code
-    torch.ops.gradkern._adamw_step_table_(
-        operands.table,
-        scalars,
-        code("params"),
-        code("grads"),
-        code("exp_avgs"),
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        maximize,
-    )
+def _native(operands: Operands, scalars: torch.Tensor, hyper: reference.AdamWHyper) -> None:
+    codes = map(operands.cache.dtype_code, ("params", "grads", "exp_avgs"))
+    torch.ops.gradkern._adamw_step_table_(operands.table, scalars, *codes, *hyper)
 
 
-def _traceable(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    exp_avgs: list[torch.Tensor],
-    exp_avg_sqs: list[torch.Tensor],
-    max_exp_avg_sqs: list[torch.Tensor],
-    steps: list[torch.Tensor],
-    scalars: torch.Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    columns = dict(zip(COLUMNS, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or None, steps), strict=True))
+def _traceable(*lists_and_scalars: Any, **hyper: Any) -> None:
+    *lists, scalars = lists_and_scalars
+    columns = dict(zip(COLUMNS, lists, strict=True))
+    columns["max_exp_avg_sqs"] = columns["max_exp_avg_sqs"] or None
     operands = Operands(SPEC.name, columns)
-    _registry.select(SPEC, operands.device())(
-        operands,
-        scalars,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        maximize=maximize,
-    )
+    _registry.select(SPEC, operands.device())(operands, scalars, reference.AdamWHyper(**hyper))
 
 
-def _fake(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    exp_avgs: list[torch.Tensor],
-    exp_avg_sqs: list[torch.Tensor],
-    max_exp_avg_sqs: list[torch.Tensor],
-    steps: list[torch.Tensor],
-    scalars: torch.Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
+def _fake(params: list[torch.Tensor], grads: list[torch.Tensor], *_: Any, **__: Any) -> None:
     torch._check(len(params) == len(grads), lambda: "adamw_step_: lists of unequal length")
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from gradkern.ops._table import Operands
 from gradkern.ops._triton.kernels import CHUNK, find_row, load_f32, power, store_f32, typed_pointer
 from gradkern.ops._triton.launch import Variant, warp_size
+from gradkern.ops.adamw_step.reference import AdamWHyper
 
 __all__ = ["VARIANTS", "adamw_step_"]
 
@@ -95,30 +96,20 @@ def _adamw_step_kernel(
             )  # fmt: skip
 
 
-def adamw_step_(
-    operands: Operands,
-    scalars: torch.Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
+def adamw_step_(operands: Operands, scalars: torch.Tensor, hyper: AdamWHyper) -> None:
     """Launch one program per chunk; same contract as the reference."""
     cache = operands.cache
     if cache.chunks == 0:
         return
     table = cache.on_device(scalars.device)
     # Hyper-parameters travel as fp64 because Triton narrows Python floats to fp32.
-    hyper = torch.tensor([lr, beta1, beta2, eps, weight_decay, -1.0 if maximize else 1.0], dtype=torch.float64)
+    values = torch.tensor([*hyper[:-1], -1.0 if hyper.maximize else 1.0], dtype=torch.float64)
     if scalars.device.type != "cpu":
-        hyper = hyper.pin_memory().to(scalars.device, non_blocking=True)
+        values = values.pin_memory().to(scalars.device, non_blocking=True)
     _adamw_step_kernel[(cache.chunks,)](
         table,
         scalars,
-        hyper,
+        values,
         len(operands["params"]),
         PARAM=cache.dtype_code("params"),
         GRAD=cache.dtype_code("grads"),
