@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
+from itertools import chain, repeat
+from operator import attrgetter, is_
+from typing import cast
 
 import torch
 
@@ -17,7 +19,7 @@ from gradkern.ops.step_scalars import reference as scalar_layout
 __all__ = ["GradAccumulator"]
 
 
-_shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+_grad, _shape, _dtype, _device = map(attrgetter, ("grad", "shape", "dtype", "device"))
 
 
 class GradAccumulator:
@@ -92,6 +94,15 @@ class GradAccumulator:
                 f"GradAccumulator.accumulate_: got {len(grads)} gradients, expected {len(self._params)}, one per "
                 "parameter; pass None where there is none"
             )
+        shown = list(map(_grad, self._params))
+        if True not in map(is_, chain(grads, shown), repeat(None)):
+            # Every parameter shows a gradient and gets another: mostly one launch, which checks its operands itself.
+            given, accumulated = cast("Sequence[torch.Tensor]", grads), cast("list[torch.Tensor]", shown)
+            dtypes = set(map(_dtype, given))
+            if len(dtypes) == 1 and set(map(_dtype, accumulated)) == {torch.float32}:
+                cache = self._fold_caches.setdefault((*dtypes, False), AddressTable())
+                fold_list_(accumulated, given, overwrite=False, cache=cache)
+                return
         pairs = [(p, g) for p, g in zip(self._params, grads, strict=True) if g is not None]
         self._check_pairs(pairs)
         for dtype in dict.fromkeys(g.dtype for _, g in pairs):

@@ -27,6 +27,9 @@ __all__ = ["ParamStep", "StepEvent", "StepEventSource"]
 class ParamStep:
     """What a step did to one parameter.
 
+    All factors are the values really applied: those that the update computes with in fp32 are fp32 values (held
+    exactly by the floats here), not the fp64 hyper-parameters they came from. Observers add up thousands of steps.
+
     Attributes:
         param: The parameter, already updated.
         grad_multiplier: 0-dim fp32 tensor ``c_t``; clip coefficient times inverse loss scale, applied to the

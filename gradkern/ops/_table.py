@@ -50,7 +50,7 @@ class AddressTable:
         self._dtypes: dict[str, torch.dtype | None] = {}
         self._data = torch.empty(0, 2, dtype=torch.int64)
         self._device_data: torch.Tensor | None = None
-        self._aligned = True
+        self._aligned: bool | None = None
         self.chunks = 0
 
     def refresh(self, op: str, columns: Mapping[str, Column]) -> torch.Tensor:
@@ -93,6 +93,10 @@ class AddressTable:
 
     def aligned(self) -> bool:
         """Whether every operand but scalars starts at a multiple of 16 bytes, as 128-bit accesses need."""
+        if self._aligned is None:
+            self._aligned = all(
+                address % 16 == 0 for other, column in self._addresses.items() if other != "steps" for address in column
+            )
         return self._aligned
 
     def _reset(self, rows: int, names: list[str]) -> None:
@@ -126,9 +130,7 @@ class AddressTable:
         self._data[:, 2 + position] = torch.tensor(addresses, dtype=torch.int64) if addresses else 0
         self._addresses[name] = addresses
         self._device_data = None
-        self._aligned = all(
-            address % 16 == 0 for other, column in self._addresses.items() if other != "steps" for address in column
-        )
+        self._aligned = None
 
     def _check_storage(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
         for i, tensor in enumerate(tensors):

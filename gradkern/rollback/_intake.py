@@ -106,19 +106,14 @@ class Intake:
             # One copy per sample, or the sum over samples would be all that backward ever sees.
             own = output.squeeze(0) if ids.dim() > 1 and ids.shape[0] == 1 else output
             return own.expand(samples, *own.shape)
-        if ids.dim() == 1 and len(ids) == samples > 1 and bool((ids == torch.arange(samples, device=ids.device)).all()):
-            raise ValueError(
-                f"record: embedding {layer.name!r} got the ids 0..{samples - 1} in a batch of {samples} "
-                f"samples: one id per sample, or positions shared by all samples? If shared, pass "
-                f"shared_inputs={[layer.name]!r}; if one per sample, give the ids a second dimension (ids[:, None])"
-            )
+        self._require_unambiguous(layer, ids, samples)
         return output
 
     def take_matrix(self, layer: OwnedLayer, rows: Tensor, columns: Tensor, weight_grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
-        rows, columns = self._per_sample(layer, rows), self._per_sample(layer, columns)
         if layer.weight is None:
             return
+        rows, columns = self._per_sample(layer, rows), self._per_sample(layer, columns)
         self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
         left, right = low_rank_product(rows, columns, self._starts[layer.weight])
         record = MatrixRecord(self._visit_numbers(layer), *quantize_rows(left), *quantize_rows(right))
@@ -126,12 +121,10 @@ class Intake:
         if self._compare:
             self._visits.fidelity.append((layer.weight, matrix_fidelity(rows[0], columns[0], record)))
 
-    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
+    def take_bias(self, layer: OwnedLayer, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
-        gradients = self._per_sample(layer, grad).sum(dim=1)
         if layer.bias is not None:
-            self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
-            self._add_vector(layer, layer.bias, gradients)
+            self._add_vector(layer, layer.bias, self._per_sample(layer, grad).sum(dim=1))
 
     def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
@@ -141,7 +134,6 @@ class Intake:
             (layer.bias, grad.sum(dim=1)),
         ):
             if stream is not None:
-                self._shadows.add_gradient(self._streams[stream].parameter, gradients.sum(dim=0))
                 self._add_vector(layer, stream, gradients)
 
     def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
@@ -162,6 +154,8 @@ class Intake:
             self._visits.fidelity.append((layer.weight, embedding_fidelity(merged[0], record)))
 
     def _add_vector(self, layer: OwnedLayer, stream: int, gradients: Tensor) -> None:
+        """Record a vector's gradients, shape ``(B, numel)``; their sum is what the law follows."""
+        self._shadows.add_gradient(self._streams[stream].parameter, gradients.sum(dim=0))
         record = VectorRecord(self._visit_numbers(layer), *quantize_rows(gradients))
         self._visits.records.append((stream, record))
         if self._compare:
@@ -196,6 +190,7 @@ class Intake:
         if grad.shape[:-1] != ids.shape:
             shared = ids.reshape(1, -1).expand(samples, -1)
             return shared, grad.reshape(samples, -1, grad.shape[-1])
+        self._require_unambiguous(layer, ids, samples)
         if ids.dim() > 0 and ids.shape[0] == samples:
             return ids.reshape(samples, -1), grad.reshape(samples, -1, grad.shape[-1])
         raise LedgerError(
@@ -203,6 +198,15 @@ class Intake:
             f"sample ids; expected the first dimension to be the {samples} samples. If these ids are shared "
             f"by all samples (positions), pass shared_inputs={[layer.name]!r} and run forward inside recorder.batch"
         )
+
+    def _require_unambiguous(self, layer: OwnedLayer, ids: Tensor, samples: int) -> None:
+        """As many ids as samples, in one dimension: labels, or positions? A wrong guess would go unnoticed."""
+        if ids.dim() == 1 and len(ids) == samples > 1:
+            raise ValueError(
+                f"record: embedding {layer.name!r} looked up {samples} ids in one dimension for {samples} "
+                f"samples: one id per sample, or positions shared by all samples? If shared, pass "
+                f"shared_inputs={[layer.name]!r}; if one per sample, look up ids[:, None] and squeeze(1) the output"
+            )
 
     def _require_ids(self, layer: OwnedLayer) -> Tensor:
         if self._ids is None:

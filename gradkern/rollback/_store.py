@@ -142,7 +142,9 @@ class StoreWriter:
         return self.steps
 
     def commit_closing(self, deltas: Mapping[str, torch.Tensor], closing_facts: Closing) -> None:
-        """Make the ledger complete."""
+        """Make the ledger complete; does nothing where an interrupted call already did."""
+        if self._catalog.execute("SELECT 1 FROM files WHERE role = 'deltas'").fetchone():
+            return
         entry = self._write("deltas.safetensors", "deltas", deltas, steps=0, visits=0)
         facts = {
             "decays": json.dumps(closing_facts.decays),

@@ -96,8 +96,7 @@ def test_the_report_reads_well_and_counts_compression_apart(token_model, train):
 
 def test_compression_is_measured_against_the_true_gradient(token_model, tmp_path):
     data = token_data(3, 8)
-    (gradient,) = torch.autograd.grad(token_loss(token_model(data), data), [token_model.hidden.weight])
-    # With one id for the whole batch seen as one row, the batch's gradient is the sample's.
+    # The first sample's share of the mean over three.
     single = copy.deepcopy(token_model)
     (expected,) = torch.autograd.grad(token_loss(single(data[:1]), data[:1]) / 3, [single.hidden.weight])
     optimizer = gk.AdamW(token_model.parameters())
@@ -118,7 +117,6 @@ def test_compression_is_measured_against_the_true_gradient(token_model, tmp_path
         [float(expected.square().sum()), float((expected * stored).sum()), float(stored.square().sum())],
         rel=1e-4,
     )
-    assert gradient.norm() > 0
 
 
 def test_without_a_model_the_law_counts_as_not_checked(token_model, train):

@@ -205,8 +205,45 @@ def test_positions_without_a_sample_dimension_must_be_named(train):
     with pytest.raises(LedgerError, match=r"'positions' looked up ids of shape \(8,\) for 3 sample ids"):
         train(model, token_data(), name="length differs")
     model.zero_grad()  # of the batch that failed midway
-    with pytest.raises(ValueError, match=r"0\.\.2 in a batch of 3 samples: one id per sample, or positions"):
+    with pytest.raises(ValueError, match="looked up 3 ids in one dimension for 3 samples"):
         train(model, token_data(length=3), name="length equals samples")
+
+
+@pytest.mark.parametrize("forward_inside", [True, False])
+def test_one_id_per_sample_or_per_position_is_never_guessed(tmp_path, forward_inside):
+    """Three ids in one dimension for three samples: any values, and also where only backward is attributed."""
+    embedding = nn.Embedding(11, 6)
+    model = nn.Sequential(embedding, nn.Linear(6, 11))
+    ids = torch.tensor([2, 0, 1])
+    refused = pytest.raises(ValueError, match=r"one id per sample, or positions.*shared_inputs=\['0'\].*ids\[:, None\]")
+    with start(model, tmp_path / "run") as recorder:
+        if forward_inside:
+            with recorder.batch(range(3)), refused:
+                embedding(ids)
+        else:
+            loss = embedding(ids).sum()
+            with recorder.batch(range(3)), refused:
+                loss.backward()
+
+
+def test_labels_in_a_second_dimension_are_taken_one_per_sample(tmp_path):
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.labels, self.head = nn.Embedding(11, 6), nn.Linear(6, 1)
+
+        def forward(self, labels):
+            return self.head(self.labels(labels[:, None]).squeeze(1))
+
+    model = Labelled()
+    optimizer = gk.AdamW(model.parameters(), lr=1e-2)
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder:
+        for _ in range(2):
+            with recorder.batch(range(3)):
+                model(torch.tensor([2, 0, 1])).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert gk.rollback.open(tmp_path / "run").verify(model).passed
 
 
 def test_shared_ids_need_forward_inside_the_batch(tmp_path):

@@ -278,3 +278,29 @@ def test_an_interrupted_commit_is_made_once(token_model, tmp_path, monkeypatch, 
     assert ledger.steps == 4
     assert ledger.visits == 12
     assert ledger.verify(token_model).passed
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupted_close_can_be_repeated(token_model, tmp_path, monkeypatch, moment):
+    optimizer = gk.AdamW(token_model.parameters(), lr=1e-2, max_norm=1.0)
+    recorder = gk.rollback.record(token_model, optimizer, tmp_path / "run")
+    data = token_data()
+    with recorder.batch(range(24)):
+        token_loss(token_model(data), data).backward()
+    optimizer.step()
+    commit = StoreWriter._commit
+
+    def interrupted(self, entry, facts, schema=()):
+        if entry.role != "deltas" or moment == "after":
+            commit(self, entry, facts, schema)
+        if entry.role == "deltas":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "_commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recorder.close()
+    recorder.close()
+    ledger = gk.rollback.open(tmp_path / "run")
+    assert (ledger.steps, ledger.visits, ledger.complete) == (1, 24, True)
+    assert ledger.verify(token_model).passed
