@@ -47,8 +47,8 @@ class Sink(Protocol):
         """
         ...
 
-    def take_bias(self, layer: OwnedLayer, grad: Tensor) -> None:
-        """Take a Linear's or Conv1D's output gradient."""
+    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
+        """Take a Linear's or Conv1D's output gradient and its sum over all tokens."""
         ...
 
     def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
@@ -107,7 +107,7 @@ class _Linear(torch.autograd.Function):
             ctx.sink.take_matrix(ctx.layer, grad, input, weight_grad)
         if ctx.needs_input_grad[2]:
             bias_grad = flat.sum(0)
-            ctx.sink.take_bias(ctx.layer, grad)
+            ctx.sink.take_bias(ctx.layer, grad, bias_grad)
         return input_grad, weight_grad, bias_grad, None, None
 
 
@@ -134,7 +134,7 @@ class _Conv1D(torch.autograd.Function):
             ctx.sink.take_matrix(ctx.layer, input, grad, weight_grad)
         if ctx.needs_input_grad[2]:
             bias_grad = flat.sum(0)
-            ctx.sink.take_bias(ctx.layer, grad)
+            ctx.sink.take_bias(ctx.layer, grad, bias_grad)
         return input_grad, weight_grad, bias_grad, None, None
 
 

@@ -121,10 +121,14 @@ class Intake:
         if self._compare:
             self._visits.fidelity.append((layer.weight, matrix_fidelity(rows[0], columns[0], record)))
 
-    def take_bias(self, layer: OwnedLayer, grad: Tensor) -> None:
+    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
-        if layer.bias is not None:
-            self._add_vector(layer, layer.bias, self._per_sample(layer, grad).sum(dim=1))
+        if layer.bias is None:
+            return
+        # Not the sum over samples: an attention key's bias has a gradient of zero up to rounding, which Adam scales to
+        # full steps; only the same rounding leads to the same parameter.
+        self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
+        self._add_vector(layer, layer.bias, self._per_sample(layer, grad).sum(dim=1))
 
     def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
@@ -134,6 +138,7 @@ class Intake:
             (layer.bias, grad.sum(dim=1)),
         ):
             if stream is not None:
+                self._shadows.add_gradient(self._streams[stream].parameter, gradients.sum(dim=0))
                 self._add_vector(layer, stream, gradients)
 
     def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
@@ -154,8 +159,6 @@ class Intake:
             self._visits.fidelity.append((layer.weight, embedding_fidelity(merged[0], record)))
 
     def _add_vector(self, layer: OwnedLayer, stream: int, gradients: Tensor) -> None:
-        """Record a vector's gradients, shape ``(B, numel)``; their sum is what the law follows."""
-        self._shadows.add_gradient(self._streams[stream].parameter, gradients.sum(dim=0))
         record = VectorRecord(self._visit_numbers(layer), *quantize_rows(gradients))
         self._visits.records.append((stream, record))
         if self._compare:
