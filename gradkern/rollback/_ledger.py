@@ -14,6 +14,7 @@ from torch import nn
 
 from gradkern.errors import LedgerError
 from gradkern.loss import Batch, LossFn, compute_loss
+from gradkern.rollback._audit import RecordAudit
 from gradkern.rollback._conservation import Balance, balance
 from gradkern.rollback._direct import direct_scores
 from gradkern.rollback._layout import digest_parameters
@@ -120,7 +121,7 @@ class Ledger:
         """
         if k < 1:
             raise ValueError(f"explain: k must be at least 1, got {k}")
-        found = self.scores(model, query, loss_fn=loss_fn, estimator=estimator)
+        found = self._score(model, query, loss_fn, estimator)
         # Stable: of equal scores the smaller id comes first, whatever k is.
         scores, positions = found.scores.sort(descending=True, stable=True)
         best = zip(found.ids[positions[:k]].tolist(), scores[:k].tolist(), strict=True)
@@ -134,6 +135,10 @@ class Ledger:
         Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
         recorded parameter's size.
         """
+        return self._score(model, query, loss_fn, estimator)
+
+    def _score(self, model: nn.Module, query: Batch, loss_fn: LossFn | None, estimator: str) -> Scores:
+        """One call below :meth:`explain` and :meth:`scores` alike, so that warnings point at the user's line."""
         if estimator not in _ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(map(repr, _ESTIMATORS))}, got {estimator!r}")
         parameters = self._layout.trained_parameters(model)
@@ -186,8 +191,8 @@ class Ledger:
         """
         if model is not None:
             self._layout.trained_parameters(model)
-        files, fidelity = self._check_files()
-        checks = [files]
+        files, records, fidelity = self._check_files()
+        checks = [files, records]
         if model is not None and self.complete and files.passed:
             checks += self._check_conservation(model)
         else:
@@ -201,20 +206,34 @@ class Ledger:
             checks.append(Check("conservation", None, None, None, reason))
         return VerifyReport(tuple(checks), compression(self._layout, fidelity))
 
-    def _check_files(self) -> tuple[Check, torch.Tensor]:
-        """Read every committed file; also collects the comparisons of records with exact gradients."""
+    def _check_files(self) -> tuple[Check, Check, torch.Tensor]:
+        """Read every committed file once; also collects the comparisons of records with exact gradients."""
         fidelity = [torch.empty(0, 4, dtype=torch.float64)]
         damaged = []
+        audit = RecordAudit(self._layout)
+        deltas: dict[str, torch.Tensor] = {}
         for entry in self._store.files:
             try:
                 tensors = self._store.load(entry)
+                if entry.role == "segment":
+                    segment = Segment.from_tensors(self._layout, tensors)
+                    audit.add(entry, segment)
+                    fidelity.append(segment.fidelity)
             except LedgerError as error:
                 damaged.append(str(error))
                 continue
-            if entry.role == "segment":
-                fidelity.append(tensors["fidelity"])
-        detail = damaged[0] if damaged else f"all {len(self._store.files)} files match their checksums"
-        return Check("damaged files", not damaged, float(len(damaged)), 0.0, detail), torch.cat(fidelity)
+            if entry.role == "deltas":
+                deltas = tensors
+        detail = "; ".join(damaged) or f"all {len(self._store.files)} files match their checksums"
+        files = Check("damaged files", not damaged, float(len(damaged)), 0.0, detail)
+        if damaged:
+            return files, Check("records", None, None, None, "a file is damaged"), torch.cat(fidelity)
+        closing = self._store.closing
+        if closing is not None:
+            audit.finish(closing.decays, deltas)
+        detail = "; ".join(audit.problems) or "every record belongs to a visit, every step and decay is accounted for"
+        records = Check("records", not audit.problems, float(len(audit.problems)), 0.0, detail)
+        return files, records, torch.cat(fidelity)
 
     def _check_conservation(self, model: nn.Module) -> list[Check]:
         found = self.conservation(model)

@@ -72,6 +72,12 @@ def record(
         shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
             a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.
 
+    Note:
+        Inputs of recorded layers must be sample-major: dimension 0 is the micro-batch, or the rows of the first
+        sample come first, then those of the second. Time-major inputs whose length equals the batch size cannot be
+        told apart by shape and would be credited to the wrong samples without an error. Clip with the optimizer's
+        ``max_norm=``, not ``clip_grad_norm_``: what is edited after backward was not recorded.
+
     Raises:
         LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already.
         ValueError: ``rank`` or ``steps_per_segment`` is below 1; a trained parameter can neither be recorded
@@ -144,8 +150,8 @@ class Recorder:
         (positions of shape ``(1, T)``, as in GPT-2).
 
         Args:
-            ids: One integer per row of the micro-batch. Rows may share an id; influence is then reported for
-                the id as a whole.
+            ids: One integer per row of the micro-batch, whose samples lie along dimension 0 of every recorded
+                layer's input. Rows may share an id; influence is then reported for the id as a whole.
 
         Raises:
             LedgerError: The recorder is closed, or another batch is open.

@@ -122,7 +122,7 @@ def test_compression_is_measured_against_the_true_gradient(token_model, tmp_path
 def test_without_a_model_the_law_counts_as_not_checked(token_model, train):
     report = train(token_model, token_data()).ledger().verify()
     assert not report.passed
-    assert [check.passed for check in report.checks] == [True, None]
+    assert [check.passed for check in report.checks] == [True, True, None]
     assert "pass the trained model" in str(report)
 
 
@@ -132,3 +132,13 @@ def test_a_ledger_without_steps_is_a_ledger(token_model, tmp_path):
     assert (ledger.steps, ledger.visits, ledger.complete) == (0, 0, True)
     assert ledger.explain(token_model, token_data(), loss_fn=token_loss) == []
     assert ledger.verify(token_model).passed
+
+
+def test_warnings_point_at_the_line_that_asked(token_model, tmp_path):
+    recorder = gk.rollback.record(token_model, gk.AdamW(token_model.parameters()), tmp_path / "run")
+    ledger = gk.rollback.open(tmp_path / "run")
+    for ask in (ledger.explain, ledger.scores):
+        with pytest.warns(UserWarning, match="without close") as caught:
+            ask(token_model, token_data(), loss_fn=token_loss)
+        assert caught[0].filename == __file__
+    recorder.close()

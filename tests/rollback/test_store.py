@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from recorded_models import TokenModel, token_data, token_loss
 
@@ -101,9 +103,71 @@ def test_a_killed_recording_opens_up_to_its_last_commit(tmp_path, seed):
     assert len(found) == 24
     report = ledger.verify(model)
     assert not report.passed
-    assert [check.passed for check in report.checks] == [True, None]
+    assert [check.passed for check in report.checks] == [True, True, None]
     with pytest.raises(LedgerError, match=r"ended without close\(\)"):
         ledger.conservation(model)
+
+
+def rewrite(path, name, change) -> None:
+    """Change a committed file together with its checksum: what a bug in the writer would leave."""
+    tensors = safetensors.torch.load((path / name).read_bytes())
+    change(tensors)
+    content = safetensors.torch.save(tensors)
+    (path / name).write_bytes(content)
+    connection = sqlite3.connect(path / "catalog.sqlite")
+    with connection:
+        connection.execute(
+            "UPDATE files SET sha256 = ?, bytes = ? WHERE name = ?",
+            (hashlib.sha256(content).hexdigest(), len(content), name),
+        )
+    connection.close()
+
+
+def lose_a_visit(tensors):
+    tensors["visit/bounds"][-1] -= 1
+
+
+def point_past_the_visits(tensors):
+    tensors["stream/0/visit"][-1] = 99
+
+
+def change_a_decay(tensors):
+    tensors["step/scalars"][0, :, 1] *= 0.999
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose_a_visit, "bounds 11 of 12 visits, 12 were committed"),
+        (point_past_the_visits, "has records of stream 0 for visits that it does not hold"),
+        (change_a_decay, "the decays of embed.weight multiply to"),
+    ],
+)
+def test_records_that_do_not_fit_fail_the_report(recorded, change, message):
+    rewrite(recorded.path, "segments/000000.safetensors", change)
+    report = recorded.ledger().verify(recorded.model)
+    assert [check.passed for check in report.checks] == [True, False, True, True]
+    assert message in str(report)
+
+
+def test_a_parameter_that_moved_without_a_record_fails_the_report(recorded):
+    def forget(tensors):
+        for name in [name for name in tensors if name.startswith("stream/2/")]:
+            del tensors[name]
+
+    for file in sorted((recorded.path / "segments").iterdir()):
+        rewrite(recorded.path, f"segments/{file.name}", forget)
+    report = recorded.ledger().verify(recorded.model)
+    assert not report.passed
+    assert "norm.bias moved but has no record" in str(report)
+
+
+def test_every_damaged_file_is_named(recorded):
+    files = sorted((recorded.path / "segments").iterdir())[:2]
+    for file in files:
+        file.write_bytes(b"")
+    report = str(recorded.ledger().verify(recorded.model))
+    assert all(file.name in report for file in files)
 
 
 @pytest.fixture

@@ -1,0 +1,94 @@
+// Registers the operators that read gradients: unbox, check, split into fixed chunks, call the loops. No arithmetic on
+// elements.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+
+#include "cpu/isa.h"
+#include "cpu/step_scalars.h"
+#include "table.h"
+
+namespace gradkern {
+namespace {
+
+// Any table will do: the sum is taken over its operand number `operand`.
+void sumsq_table(Tensor table_tensor, int64_t operand, int64_t dtype_code, Tensor partials) {
+  STD_TORCH_CHECK(table_tensor.dim() == 2 && operand >= 0 && operand < table_tensor.size(1) - 2,
+                  "sumsq: operand must be a column of the table, got ", operand);
+  const Table table("sumsq", table_tensor, table_tensor.size(1) - 2);
+  const DType dtype = checked_dtype("sumsq", dtype_code);
+  check_block("sumsq", "partials", partials, table.chunks());
+  auto* out = static_cast<double*>(partials.mutable_data_ptr());
+  const int64_t item = item_size(dtype);
+  const auto sumsq = kernels().sumsq;
+  table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
+    out[chunk] = sumsq(dtype, table.address(row, operand) + offset * item, size);
+  });
+}
+
+void accumulate_table(Tensor table_tensor, int64_t dtype_code, std::optional<Tensor> partials, bool overwrite) {
+  const Table table("accumulate_", table_tensor, 2);
+  const DType dtype = checked_dtype("accumulate_", dtype_code);
+  double* out = nullptr;
+  if (partials.has_value()) {
+    check_block("accumulate_", "partials", *partials, table.chunks());
+    out = static_cast<double*>(partials->mutable_data_ptr());
+  }
+  const int64_t item = item_size(dtype);
+  const auto accumulate = kernels().accumulate;
+  table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
+    accumulate(reinterpret_cast<float*>(table.address(row, 0)) + offset, table.address(row, 1) + offset * item, dtype,
+               size, overwrite, out == nullptr ? nullptr : out + chunk);
+  });
+}
+
+void step_scalars(Tensor scalars, torch::headeronly::HeaderOnlyArrayRef<Tensor> steps,
+                  torch::headeronly::HeaderOnlyArrayRef<Tensor> partials, double max_norm,
+                  std::optional<double> grad_scale, bool skip) {
+  check_block("step_scalars_", "scalars", scalars, kStepScalars);
+  ExactSum sum;
+  for (const Tensor& block : partials) {
+    check_block("step_scalars_", "partials", block, 0);
+    const auto* values = static_cast<const double*>(block.const_data_ptr());
+    for (int64_t i = 0; i < block.numel(); ++i) {
+      sum.add(values[i]);
+    }
+  }
+  const double scale = grad_scale.value_or(1.0);
+  const double norm = std::sqrt(sum.value()) / scale;
+  double clip = 1.0;
+  if (!std::isinf(max_norm)) {
+    clip = max_norm / (norm + 1e-6);
+    clip = clip > 1.0 ? 1.0 : clip;  // NaN stays, as in torch
+  }
+  auto* out = static_cast<double*>(scalars.mutable_data_ptr());
+  out[kNorm] = norm;
+  out[kGradMultiplier] = static_cast<double>(static_cast<float>(clip / scale));
+  out[kSkip] = skip ? 1.0 : 0.0;
+  out[kClipCoef] = clip;
+  if (skip) {
+    return;
+  }
+  for (const Tensor& block : steps) {
+    STD_TORCH_CHECK(block.scalar_type() == torch::headeronly::ScalarType::Float && block.is_contiguous(),
+                    "step_scalars_: steps must be contiguous fp32 tensors");
+    auto* values = static_cast<float*>(block.mutable_data_ptr());
+    for (int64_t i = 0; i < block.numel(); ++i) {
+      values[i] += 1.0f;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gradkern
+
+STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
+  m.impl("_sumsq_table_", TORCH_BOX(&gradkern::sumsq_table));
+  m.impl("_accumulate_table_", TORCH_BOX(&gradkern::accumulate_table));
+  m.impl("_step_scalars_native_", TORCH_BOX(&gradkern::step_scalars));
+}

@@ -1,0 +1,63 @@
+"""Checks that the stored records fit together, and fit what conservation was followed with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from gradkern.rollback._layout import Layout
+from gradkern.rollback._segment import Segment
+from gradkern.rollback._store import FileEntry
+
+__all__ = ["RecordAudit"]
+
+
+class RecordAudit:
+    """Looks at one segment after the other, in order of steps, and keeps what does not fit.
+
+    Args:
+        layout: The ledger's layout.
+
+    Attributes:
+        problems: One sentence for each, in the order found.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._end_step = 0
+        self._decays = [1.0] * len(layout.parameters)
+        self._recorded: set[int] = set()
+        self.problems: list[str] = []
+
+    def add(self, entry: FileEntry, segment: Segment) -> None:
+        """Check one segment: its place, its visits, and that every record belongs to one of them."""
+        visits = len(segment.visit_ids)
+        bounds = segment.visit_bounds.tolist()
+        if entry.first_step != self._end_step or segment.steps != entry.end_step - entry.first_step:
+            self.problems.append(f"{entry.name} holds {segment.steps} steps where {self._end_step} came before")
+        if bounds[0] != 0 or bounds[-1] != entry.visits or visits != entry.visits or bounds != sorted(bounds):
+            self.problems.append(f"{entry.name} bounds {bounds[-1]} of {visits} visits, {entry.visits} were committed")
+        for stream, record in segment.records.items():
+            if len(record.visit) and not 0 <= int(record.visit.min()) <= int(record.visit.max()) < visits:
+                self.problems.append(f"{entry.name} has records of stream {stream} for visits that it does not hold")
+            if len(record.visit):
+                self._recorded.add(self._layout.streams[stream].parameter)
+        self._end_step = entry.end_step
+        for step in range(segment.steps):
+            for index in range(len(self._decays)):
+                scalars = segment.step_scalars(step, index)
+                if scalars is not None:
+                    self._decays[index] *= scalars.decay
+
+    def finish(self, decays: Sequence[float], deltas: Mapping[str, torch.Tensor]) -> None:
+        """Compare a complete ledger's records with the decays and sums that were written at close."""
+        for index, info in enumerate(self._layout.parameters):
+            if not math.isclose(self._decays[index], decays[index], rel_tol=1e-12):
+                self.problems.append(
+                    f"the decays of {info.name} multiply to {self._decays[index]:.9g} over the recorded steps, to "
+                    f"{decays[index]:.9g} at close"
+                )
+            if info.owned and index not in self._recorded and bool(deltas[info.name].any()):
+                self.problems.append(f"{info.name} moved but has no record")
