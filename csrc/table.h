@@ -31,6 +31,7 @@ struct Table {
   unsigned char* address(int64_t row, int64_t operand) const {
     return reinterpret_cast<unsigned char*>(rows[row * columns + 2 + operand]);
   }
+  int64_t integer(int64_t row, int64_t operand) const { return rows[row * columns + 2 + operand]; }
   int64_t row_chunks(int64_t row) const { return (size(row) + kChunk - 1) / kChunk; }
   int64_t chunks() const { return count == 0 ? 0 : first_chunk(count - 1) + row_chunks(count - 1); }
 

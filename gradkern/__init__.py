@@ -6,7 +6,7 @@ backward fit the memory there is.
 
 from __future__ import annotations
 
-from gradkern import checkpoint, functional, rollback
+from gradkern import checkpoint, clip, functional, optim, rollback
 from gradkern.accumulate import GradAccumulator
 from gradkern.clip import clip_grad_norm_, get_total_norm
 from gradkern.errors import (
@@ -17,25 +17,30 @@ from gradkern.errors import (
     PlanInfeasibleError,
 )
 from gradkern.ops._registry import use_backend
-from gradkern.optim import AdamW
+from gradkern.optim import SGD, Adam, AdamW, Lion
 from gradkern.step_event import ParamStep, StepEvent
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGD",
+    "Adam",
     "AdamW",
     "BackendUnavailableError",
     "BudgetExceededError",
     "GradAccumulator",
     "GradkernError",
     "LedgerError",
+    "Lion",
     "ParamStep",
     "PlanInfeasibleError",
     "StepEvent",
     "checkpoint",
+    "clip",
     "clip_grad_norm_",
     "functional",
     "get_total_norm",
+    "optim",
     "rollback",
     "use_backend",
 ]

@@ -12,7 +12,7 @@ import torch
 
 from gradkern import _env
 
-__all__ = ["isa", "unavailable_reason"]
+__all__ = ["define", "isa", "unavailable_reason"]
 
 _LIBRARY = torch.library.Library("gradkern", "FRAGMENT")
 _SCHEMAS = (
@@ -20,16 +20,19 @@ _SCHEMAS = (
     "_accumulate_table_(Tensor table, int dtype, Tensor(a!)? partials, bool overwrite) -> ()",
     "_step_scalars_native_(Tensor(a!) scalars, Tensor(b!)[] steps, Tensor[] partials, float max_norm, "
     "float? grad_scale, bool skip) -> ()",
-    "_adamw_step_table_(Tensor table, Tensor scalars, int param_dtype, int grad_dtype, int state_dtype, float lr, "
-    "float beta1, float beta2, float eps, float weight_decay, bool maximize) -> ()",
     "_triad_(Tensor(a!) out, Tensor a, Tensor b, bool streaming) -> ()",
     "_isa() -> str",
 )
 
 
+def define(schema: str) -> None:
+    """Declare an operator that ``_C.so`` implements."""
+    _LIBRARY.define(schema)
+
+
 def _load() -> str | None:
     for schema in _SCHEMAS:
-        _LIBRARY.define(schema)
+        define(schema)
     if not _env.native_wanted():
         return "GRADKERN_NATIVE=0"
     path = Path(__file__).with_name("_C.so")

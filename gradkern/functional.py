@@ -8,18 +8,20 @@ through addresses do not do by themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.autograd.graph import increment_version
 
 from gradkern.ops import _registry
-from gradkern.ops._chunks import chunk_count
+from gradkern.ops._chunks import DTYPE_CODES, chunk_count
+from gradkern.ops._step.codecs import ParamCodec, StateCodec
+from gradkern.ops._step.columns import step_operands
+from gradkern.ops._step.rule import Codecs
+from gradkern.ops._step.spec import StepOp, list_names
 from gradkern.ops._table import AddressTable, Operands
+from gradkern.ops.accumulate.spec import ROLES as ACCUMULATE_ROLES
 from gradkern.ops.accumulate.spec import SPEC as ACCUMULATE
-from gradkern.ops.adamw_step.reference import AdamWHyper
-from gradkern.ops.adamw_step.spec import COLUMNS as ADAMW_COLUMNS
-from gradkern.ops.adamw_step.spec import SPEC as ADAMW_STEP
 from gradkern.ops.step_scalars import reference as scalar_layout
 from gradkern.ops.step_scalars.spec import SPEC as STEP_SCALARS
 from gradkern.ops.sumsq.spec import SPEC as SUMSQ
@@ -27,11 +29,12 @@ from gradkern.ops.sumsq.spec import SPEC as SUMSQ
 __all__ = [
     "accumulate_",
     "accumulate_with_partials_",
-    "adamw_operands",
-    "adamw_step_",
-    "adamw_step_of_",
+    "count_steps_",
     "new_partials",
     "new_scalars",
+    "step_",
+    "step_of_",
+    "step_operands",
     "step_scalars_",
     "sumsq",
     "sumsq_of",
@@ -45,7 +48,7 @@ def new_partials(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def new_scalars(device: torch.device) -> torch.Tensor:
-    """A zeroed fp64 block for :func:`step_scalars_`: norm, gradient multiplier, skip flag, clip coefficient."""
+    """A zeroed fp64 block for :func:`step_scalars_`; ``gradkern.ops.step_scalars.reference`` names its positions."""
     return torch.zeros(scalar_layout.SIZE, dtype=torch.float64, device=device)
 
 
@@ -109,7 +112,7 @@ def accumulate_(
     if torch.compiler.is_compiling():
         torch.ops.gradkern.accumulate_.default(list(main_grads), list(grads), partials, overwrite=overwrite)
     else:
-        operands = Operands(ACCUMULATE.name, {"main_grads": main_grads, "grads": grads}, cache)
+        operands = Operands(ACCUMULATE.name, {"main_grads": main_grads, "grads": grads}, cache, roles=ACCUMULATE_ROLES)
         _registry.select(ACCUMULATE, operands.device())(operands, partials, overwrite=overwrite)
     increment_version(main_grads)
 
@@ -126,7 +129,7 @@ def accumulate_with_partials_(
         partials = new_partials(main_grads)
         accumulate_(main_grads, grads, partials, overwrite=overwrite)
         return partials
-    operands = Operands(ACCUMULATE.name, {"main_grads": main_grads, "grads": grads}, cache)
+    operands = Operands(ACCUMULATE.name, {"main_grads": main_grads, "grads": grads}, cache, roles=ACCUMULATE_ROLES)
     partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
     _registry.select(ACCUMULATE, partials.device)(operands, partials, overwrite=overwrite)
     increment_version(main_grads)
@@ -138,24 +141,15 @@ def step_scalars_(
     steps: Sequence[torch.Tensor],
     partials: Sequence[torch.Tensor],
     *,
+    grads: Operands | None = None,
+    column: str = "grads",
+    grad_partials: torch.Tensor | None = None,
     max_norm: float | None = None,
     grad_scale: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
+    skip_nonfinite: bool = False,
 ) -> None:
-    """Form the scalars of a step and count it, on the device, without synchronising.
-
-    Args:
-        scalars: fp64, shape ``(4,)``; overwritten with norm, gradient multiplier, skip flag, clip coefficient.
-        steps: fp32 step counters; each gains one unless the step is skipped.
-        partials: fp64 partials of all gradients, from :func:`sumsq` or :func:`accumulate_`.
-        max_norm: Threshold of the L2 norm; None does not clip.
-        grad_scale: 0-dim loss scale that gradients still carry.
-        found_inf: 0-dim; non-zero skips the step.
-
-    Numerics:
-        The partials are summed exactly, so the norm does not depend on their order.
-    """
-    limit = math.inf if max_norm is None else max_norm
+    """TEMPORARY shim until the one-launch op lands."""
     for name, blocks, dtype in (("steps", steps, torch.float32), ("partials", partials, torch.float64)):
         for i, block in enumerate(blocks):
             if block.dtype != dtype or block.device != scalars.device or not block.is_contiguous():
@@ -163,99 +157,113 @@ def step_scalars_(
                     f"step_scalars_: {name}[{i}] is {block.dtype} on {block.device}, stride {block.stride()}, expected "
                     f"contiguous {dtype} on {scalars.device}"
                 )
-    if torch.compiler.is_compiling():
-        torch.ops.gradkern.step_scalars_.default(
-            scalars, list(steps), list(partials), max_norm=limit, grad_scale=grad_scale, found_inf=found_inf
-        )
-        return
+    partials = list(partials)
+    if grads is not None:
+        sums = sumsq_of(grads, column)
+        if grad_partials is not None:
+            grad_partials.copy_(sums)
+        partials.append(sums)
     _registry.select(STEP_SCALARS, scalars.device)(
-        scalars, steps, partials, max_norm=limit, grad_scale=grad_scale, found_inf=found_inf
+        scalars,
+        [],
+        partials,
+        max_norm=math.inf if max_norm is None else max_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
     )
+    count_steps_(scalars, steps, found_inf=found_inf, skip_nonfinite=skip_nonfinite)
 
 
-def adamw_step_(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    exp_avgs: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor],
-    max_exp_avg_sqs: Sequence[torch.Tensor] | None,
-    steps: Sequence[torch.Tensor],
+def count_steps_(
     scalars: torch.Tensor,
+    steps: Sequence[torch.Tensor],
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-    cache: AddressTable | None = None,
+    found_inf: torch.Tensor | None = None,
+    skip_nonfinite: bool = False,
+) -> None:
+    """Set the skip flag of a block whose norm is known already, and count the step unless it is set.
+
+    Args:
+        scalars: fp64 block; its skip flag and its count of skipped steps are changed.
+        steps: fp32 step counters.
+        found_inf: 0-dim; non-zero skips the step.
+        skip_nonfinite: Skip where the norm is not finite.
+    """
+    skip = torch.zeros_like(scalars[0]) if found_inf is None else (found_inf.reshape(()) != 0).double()
+    if skip_nonfinite:
+        skip = torch.maximum(skip, (~scalars[scalar_layout.NORM].isfinite()).double())
+    scalars[scalar_layout.SKIP].copy_(skip)
+    scalars[scalar_layout.SKIPPED].add_(skip)
+    for block in steps:
+        block.add_(1.0 - skip)
+
+
+def step_(
+    op: StepOp,
+    tensors: Mapping[str, Sequence[torch.Tensor] | None],
+    scalars: torch.Tensor,
+    hyper: torch.Tensor,
+    *,
+    codecs: Codecs | None = None,
+    variant: int = 0,
+    ids: Sequence[int] | None = None,
+    unit_sizes: Sequence[int] | None = None,
 ) -> None:
     """Clip and update in one pass over memory; gradients are read, never rewritten.
 
-    ``g = grads * multiplier``; ``m += (g - m)(1 - beta1)``; ``v = v beta2 + g g (1 - beta2)``;
-    ``p = p (1 - lr wd) - lr/(1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``.
-
     Args:
-        params: fp32, bf16 or fp16, dense; mutated.
-        grads: Same shapes and strides, any of the three dtypes.
-        exp_avgs: First moments, any of the three dtypes; mutated.
-        exp_avg_sqs: Second moments, dtype of ``exp_avgs``; mutated.
-        max_exp_avg_sqs: Largest second moments (amsgrad), mutated; None without amsgrad.
-        steps: fp32 scalars, already counting this step (see :func:`step_scalars_`).
+        op: The optimizer's rule: ``STEP`` of ``gradkern.ops.adamw_step.spec`` and its like, which say what is computed.
+        tensors: Lists of equal length by name: ``params`` and the states (``exp_avgs``, ...) are mutated, ``grads`` and
+            ``steps`` (fp32 scalars, already counting this step) read; ``remainders``, ``units`` and block exponents
+            where the codecs want them.
         scalars: The block written by :func:`step_scalars_`; its skip flag leaves everything as it was.
-        lr: Learning rate.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay.
-        maximize: Ascend instead of descend.
-        cache: Table kept from the last call with the same operands.
+        hyper: fp64, the rule's hyper-parameters in its order, then the seed of stochastic rounding.
+        codecs: How the operands are stored; None: as their dtypes say, without remainders or block exponents.
+        variant: Of the rule.
+        ids: Numbers of the parameters, for random words; default 0 for all.
+        unit_sizes: Elements that share a multiplier, with ``units``.
+
+    Raises:
+        ValueError: Lists of unequal length or operands of unequal layout; nothing has been written.
+        TypeError: A dtype that the codecs do not store.
 
     Numerics:
         fp32 arithmetic, one IEEE rounding per operation, no fused multiply-add; scalars formed in fp64. Same bits on
         every backend.
-
-    Source:
-        Loshchilov & Hutter, arXiv 1711.05101, algorithm 2.
     """
+    codecs = _codecs_of(tensors) if codecs is None else codecs
     if torch.compiler.is_compiling():
-        torch.ops.gradkern.adamw_step_.default(
-            list(params),
-            list(grads),
-            list(exp_avgs),
-            list(exp_avg_sqs),
-            list(max_exp_avg_sqs or ()),
-            list(steps),
+        params = list(tensors["params"] or ())
+        lists = [list(tensors.get(name) or ()) for name in list_names(op.rule)]
+        getattr(torch.ops.gradkern, op.spec.name).default(
+            *lists,
             scalars,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
+            hyper,
+            variant=variant,
+            param_codec=int(codecs.param),
+            state_codec=int(codecs.state),
+            transform=int(codecs.transform),
+            ids=list(ids or ()),
+            unit_sizes=list(unit_sizes or ()),
         )
         increment_version(params)
-    else:
-        operands = adamw_operands(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, cache=cache)
-        adamw_step_of_(operands, scalars, AdamWHyper(lr, beta1, beta2, eps, weight_decay, maximize))
+        return
+    integers = {name: numbers for name, numbers in (("ids", ids), ("unit_sizes", unit_sizes)) if numbers}
+    step_of_(op, step_operands(op.rule, codecs, variant, tensors, integers), scalars, hyper, codecs, variant)
 
 
-def adamw_operands(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    exp_avgs: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor],
-    max_exp_avg_sqs: Sequence[torch.Tensor] | None,
-    steps: Sequence[torch.Tensor],
-    *,
-    cache: AddressTable | None = None,
-) -> Operands:
-    """The checked operands of :func:`adamw_step_of_`; arguments as in :func:`adamw_step_`."""
-    columns = dict(zip(ADAMW_COLUMNS, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps), strict=True))
-    return Operands(ADAMW_STEP.name, columns, cache)
+def _codecs_of(tensors: Mapping[str, Sequence[torch.Tensor] | None]) -> Codecs:
+    def code(name: str) -> int:
+        column = tensors.get(name)
+        return DTYPE_CODES[column[0].dtype] if column else 0
+
+    states = [name for name in tensors if name not in ("params", "grads", "steps", "remainders", "units")]
+    return Codecs(ParamCodec(code("params")), code("grads"), StateCodec(code(states[0]) if states else 0))
 
 
-def adamw_step_of_(operands: Operands, scalars: torch.Tensor, hyper: AdamWHyper) -> None:
-    """As :func:`adamw_step_`, on operands made by :func:`adamw_operands`."""
-    _registry.select(ADAMW_STEP, scalars.device)(operands, scalars, hyper)
+def step_of_(
+    op: StepOp, operands: Operands, scalars: torch.Tensor, hyper: torch.Tensor, codecs: Codecs, variant: int
+) -> None:
+    """As :func:`step_`, on operands made by ``step_operands``."""
+    _registry.select(op.spec, scalars.device)(operands, scalars, hyper, codecs, variant)
     increment_version(operands["params"])

@@ -14,7 +14,9 @@ enum StepScalar : int64_t {
   kGradMultiplier = 1,  // clip coefficient / loss scale, rounded to fp32
   kSkip = 2,            // 1 when found_inf asked for the step to be skipped
   kClipCoef = 3,        // min(1, max_norm / (norm + 1e-6))
-  kStepScalars = 4,
+  kSkipped = 4,         // steps skipped so far
+  kLimit = 5,           // gradients are cut to [-limit, limit] before the multiplier; inf where they are not
+  kStepScalars = 6,
 };
 
 // An exact sum of non-negative doubles between 2^-300 and 2^308, kept as 32-bit limbs in 64-bit words: integer
@@ -75,34 +77,5 @@ class ExactSum {
   bool nan_ = false;
   bool inf_ = false;
 };
-
-// base^n by binary exponentiation from the lowest bit, the order that every backend keeps.
-inline double power(double base, int64_t n) {
-  double result = 1.0;
-  while (n > 0) {
-    if (n & 1) {
-      result *= base;
-    }
-    base *= base;
-    n >>= 1;
-  }
-  return result;
-}
-
-inline AdamWScalars adamw_scalars(double grad_multiplier, int64_t step, double lr, double beta1, double beta2,
-                                  double eps, double weight_decay, bool maximize) {
-  const double bias1 = 1.0 - power(beta1, step);
-  const double bias2 = 1.0 - power(beta2, step);
-  AdamWScalars s;
-  s.grad_multiplier = static_cast<float>(maximize ? -grad_multiplier : grad_multiplier);
-  s.decay = static_cast<float>(1.0 - lr * weight_decay);
-  s.grad_weight = static_cast<float>(1.0 - beta1);
-  s.beta2 = static_cast<float>(beta2);
-  s.sq_weight = static_cast<float>(1.0 - beta2);
-  s.inv_bias2_sqrt = static_cast<float>(1.0 / std::sqrt(bias2));
-  s.eps = static_cast<float>(eps);
-  s.step_size = static_cast<float>(lr / bias1);
-  return s;
-}
 
 }  // namespace gradkern

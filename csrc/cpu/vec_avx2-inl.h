@@ -42,6 +42,83 @@ struct F32 {
   static GRADKERN_INLINE F32 maximum(F32 a, F32 b) {
     return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
   }
+  static GRADKERN_INLINE F32 minimum(F32 a, F32 b) {
+    return {_mm256_blendv_ps(_mm256_min_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+  }
+  // 1 or -1; zero and NaN stay what they are.
+  static GRADKERN_INLINE F32 sign(F32 x) {
+    const __m256 one = _mm256_or_ps(_mm256_and_ps(x.v, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
+    return {_mm256_blendv_ps(one, x.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_EQ_UQ))};
+  }
+};
+
+// Lanes of 32 bits, for what is done to the bits of numbers: rounding, codes, random words.
+struct U32 {
+  __m256i v;
+
+  static GRADKERN_INLINE U32 all(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+  static GRADKERN_INLINE U32 lane_numbers() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+  static GRADKERN_INLINE U32 of(F32 x) { return {_mm256_castps_si256(x.v)}; }
+  GRADKERN_INLINE F32 as_float() const { return {_mm256_castsi256_ps(v)}; }
+  static GRADKERN_INLINE U32 load_u8(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static GRADKERN_INLINE U32 load_u16(const uint16_t* p) {
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  GRADKERN_INLINE void store_u8(uint8_t* p) const {
+    // The low byte of every lane, gathered in each half, then both halves side by side.
+    const __m256i bytes =
+        _mm256_shuffle_epi8(v, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8,
+                                                12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
+  }
+  GRADKERN_INLINE void store_u16(uint16_t* p) const {
+    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xFFFF));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  GRADKERN_INLINE U32 operator+(U32 o) const { return {_mm256_add_epi32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator-(U32 o) const { return {_mm256_sub_epi32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator*(U32 o) const { return {_mm256_mullo_epi32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator&(U32 o) const { return {_mm256_and_si256(v, o.v)}; }
+  GRADKERN_INLINE U32 operator|(U32 o) const { return {_mm256_or_si256(v, o.v)}; }
+  GRADKERN_INLINE U32 operator^(U32 o) const { return {_mm256_xor_si256(v, o.v)}; }
+  template <int kBits>
+  GRADKERN_INLINE U32 shl() const {
+    return {_mm256_slli_epi32(v, kBits)};
+  }
+  template <int kBits>
+  GRADKERN_INLINE U32 shr() const {
+    return {_mm256_srli_epi32(v, kBits)};
+  }
+  template <int kBits>
+  GRADKERN_INLINE U32 sar() const {
+    return {_mm256_srai_epi32(v, kBits)};
+  }
+  // As signed numbers.
+  static GRADKERN_INLINE U32 minimum(U32 a, U32 b) { return {_mm256_min_epi32(a.v, b.v)}; }
+  static GRADKERN_INLINE U32 maximum(U32 a, U32 b) { return {_mm256_max_epi32(a.v, b.v)}; }
+  GRADKERN_INLINE uint32_t largest() const {
+    __m128i x = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4E));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0xB1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(x));
+  }
+  // `other` where this is zero, else this.
+  GRADKERN_INLINE U32 or_if_zero(U32 other) const {
+    return {_mm256_blendv_epi8(v, other.v, _mm256_cmpeq_epi32(v, _mm256_setzero_si256()))};
+  }
+  // This where `condition` is not zero, else zero.
+  GRADKERN_INLINE U32 where_nonzero(U32 condition) const {
+    return {_mm256_andnot_si256(_mm256_cmpeq_epi32(condition.v, _mm256_setzero_si256()), v)};
+  }
+  // `other` where x is NaN, else this.
+  GRADKERN_INLINE U32 unless_nan(F32 x, U32 other) const {
+    const __m256 nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
+    return {_mm256_blendv_epi8(v, other.v, _mm256_castps_si256(nan))};
+  }
 };
 
 // Squares of kLanes floats in memory, exact in double. Widened from memory, which needs no shuffle.

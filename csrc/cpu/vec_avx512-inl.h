@@ -41,6 +41,72 @@ struct F32 {
   static GRADKERN_INLINE F32 maximum(F32 a, F32 b) {
     return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
   }
+  static GRADKERN_INLINE F32 minimum(F32 a, F32 b) {
+    return {_mm512_mask_mov_ps(_mm512_min_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+  }
+  // 1 or -1; zero and NaN stay what they are.
+  static GRADKERN_INLINE F32 sign(F32 x) {
+    const __m512 one = _mm512_or_ps(_mm512_and_ps(x.v, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
+    return {_mm512_mask_mov_ps(one, _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_EQ_UQ), x.v)};
+  }
+};
+
+// Lanes of 32 bits, for what is done to the bits of numbers: rounding, codes, random words.
+struct U32 {
+  __m512i v;
+
+  static GRADKERN_INLINE U32 all(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+  static GRADKERN_INLINE U32 lane_numbers() {
+    return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+  }
+  static GRADKERN_INLINE U32 of(F32 x) { return {_mm512_castps_si512(x.v)}; }
+  GRADKERN_INLINE F32 as_float() const { return {_mm512_castsi512_ps(v)}; }
+  static GRADKERN_INLINE U32 load_u8(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static GRADKERN_INLINE U32 load_u16(const uint16_t* p) {
+    return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  GRADKERN_INLINE void store_u8(uint8_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
+  GRADKERN_INLINE void store_u16(uint16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+  }
+  GRADKERN_INLINE U32 operator+(U32 o) const { return {_mm512_add_epi32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator-(U32 o) const { return {_mm512_sub_epi32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator*(U32 o) const { return {_mm512_mullo_epi32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator&(U32 o) const { return {_mm512_and_si512(v, o.v)}; }
+  GRADKERN_INLINE U32 operator|(U32 o) const { return {_mm512_or_si512(v, o.v)}; }
+  GRADKERN_INLINE U32 operator^(U32 o) const { return {_mm512_xor_si512(v, o.v)}; }
+  template <int kBits>
+  GRADKERN_INLINE U32 shl() const {
+    return {_mm512_slli_epi32(v, kBits)};
+  }
+  template <int kBits>
+  GRADKERN_INLINE U32 shr() const {
+    return {_mm512_srli_epi32(v, kBits)};
+  }
+  template <int kBits>
+  GRADKERN_INLINE U32 sar() const {
+    return {_mm512_srai_epi32(v, kBits)};
+  }
+  // As signed numbers.
+  static GRADKERN_INLINE U32 minimum(U32 a, U32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
+  static GRADKERN_INLINE U32 maximum(U32 a, U32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  GRADKERN_INLINE uint32_t largest() const { return static_cast<uint32_t>(_mm512_reduce_max_epi32(v)); }
+  // `other` where this is zero, else this.
+  GRADKERN_INLINE U32 or_if_zero(U32 other) const {
+    return {_mm512_mask_mov_epi32(v, _mm512_testn_epi32_mask(v, v), other.v)};
+  }
+  // This where `condition` is not zero, else zero.
+  GRADKERN_INLINE U32 where_nonzero(U32 condition) const {
+    return {_mm512_maskz_mov_epi32(_mm512_test_epi32_mask(condition.v, condition.v), v)};
+  }
+  // `other` where x is NaN, else this.
+  GRADKERN_INLINE U32 unless_nan(F32 x, U32 other) const {
+    return {_mm512_mask_mov_epi32(v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), other.v)};
+  }
 };
 
 // Squares of kLanes floats in memory, exact in double. Widened from memory, which needs no shuffle.

@@ -31,6 +31,68 @@ struct F32 {
   GRADKERN_INLINE F32 operator/(F32 o) const { return {vdivq_f32(v, o.v)}; }
   static GRADKERN_INLINE F32 sqrt(F32 x) { return {vsqrtq_f32(x.v)}; }
   static GRADKERN_INLINE F32 maximum(F32 a, F32 b) { return {vmaxq_f32(a.v, b.v)}; }  // FMAX propagates NaN
+  static GRADKERN_INLINE F32 minimum(F32 a, F32 b) { return {vminq_f32(a.v, b.v)}; }  // FMIN propagates NaN
+  // 1 or -1; zero and NaN stay what they are.
+  static GRADKERN_INLINE F32 sign(F32 x) {
+    const uint32x4_t one = vorrq_u32(vandq_u32(vreinterpretq_u32_f32(x.v), vdupq_n_u32(0x80000000u)),
+                                     vreinterpretq_u32_f32(vdupq_n_f32(1.0f)));
+    const uint32x4_t signed_number = vorrq_u32(vcltzq_f32(x.v), vcgtzq_f32(x.v));
+    return {vbslq_f32(signed_number, vreinterpretq_f32_u32(one), x.v)};
+  }
+};
+
+// Lanes of 32 bits, for what is done to the bits of numbers: rounding, codes, random words.
+struct U32 {
+  uint32x4_t v;
+
+  static GRADKERN_INLINE U32 all(uint32_t x) { return {vdupq_n_u32(x)}; }
+  static GRADKERN_INLINE U32 lane_numbers() { return {uint32x4_t{0, 1, 2, 3}}; }
+  static GRADKERN_INLINE U32 of(F32 x) { return {vreinterpretq_u32_f32(x.v)}; }
+  GRADKERN_INLINE F32 as_float() const { return {vreinterpretq_f32_u32(v)}; }
+  static GRADKERN_INLINE U32 load_u8(const uint8_t* p) {
+    uint32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return {vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))))};
+  }
+  static GRADKERN_INLINE U32 load_u16(const uint16_t* p) { return {vmovl_u16(vld1_u16(p))}; }
+  GRADKERN_INLINE void store_u8(uint8_t* p) const {
+    const uint16x4_t half = vmovn_u32(v);
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(half, half))), 0);
+    __builtin_memcpy(p, &four, 4);
+  }
+  GRADKERN_INLINE void store_u16(uint16_t* p) const { vst1_u16(p, vmovn_u32(v)); }
+  GRADKERN_INLINE U32 operator+(U32 o) const { return {vaddq_u32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator-(U32 o) const { return {vsubq_u32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator*(U32 o) const { return {vmulq_u32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator&(U32 o) const { return {vandq_u32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator|(U32 o) const { return {vorrq_u32(v, o.v)}; }
+  GRADKERN_INLINE U32 operator^(U32 o) const { return {veorq_u32(v, o.v)}; }
+  template <int kBits>
+  GRADKERN_INLINE U32 shl() const {
+    return {vshlq_n_u32(v, kBits)};
+  }
+  template <int kBits>
+  GRADKERN_INLINE U32 shr() const {
+    return {vshrq_n_u32(v, kBits)};
+  }
+  template <int kBits>
+  GRADKERN_INLINE U32 sar() const {
+    return {vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(v), kBits))};
+  }
+  // As signed numbers.
+  static GRADKERN_INLINE U32 minimum(U32 a, U32 b) {
+    return {vreinterpretq_u32_s32(vminq_s32(vreinterpretq_s32_u32(a.v), vreinterpretq_s32_u32(b.v)))};
+  }
+  static GRADKERN_INLINE U32 maximum(U32 a, U32 b) {
+    return {vreinterpretq_u32_s32(vmaxq_s32(vreinterpretq_s32_u32(a.v), vreinterpretq_s32_u32(b.v)))};
+  }
+  GRADKERN_INLINE uint32_t largest() const { return static_cast<uint32_t>(vmaxvq_s32(vreinterpretq_s32_u32(v))); }
+  // `other` where this is zero, else this.
+  GRADKERN_INLINE U32 or_if_zero(U32 other) const { return {vbslq_u32(vceqzq_u32(v), other.v, v)}; }
+  // This where `condition` is not zero, else zero.
+  GRADKERN_INLINE U32 where_nonzero(U32 condition) const { return {vandq_u32(v, vtstq_u32(condition.v, condition.v))}; }
+  // `other` where x is NaN, else this.
+  GRADKERN_INLINE U32 unless_nan(F32 x, U32 other) const { return {vbslq_u32(vceqq_f32(x.v, x.v), v, other.v)}; }
 };
 
 // Squares of kLanes floats in memory, exact in double.

@@ -71,6 +71,63 @@ struct F32 {
   static GRADKERN_INLINE F32 sqrt(F32 x) { return {__builtin_sqrtf(x.v)}; }
   // NaN if either is NaN, as torch.maximum.
   static GRADKERN_INLINE F32 maximum(F32 a, F32 b) { return {a.v > b.v || a.v != a.v ? a.v : b.v}; }
+  static GRADKERN_INLINE F32 minimum(F32 a, F32 b) { return {a.v < b.v || a.v != a.v ? a.v : b.v}; }
+  // 1 or -1; zero and NaN stay what they are.
+  static GRADKERN_INLINE F32 sign(F32 x) { return {x.v > 0.0f ? 1.0f : x.v < 0.0f ? -1.0f : x.v}; }
+};
+
+// Lanes of 32 bits, for what is done to the bits of numbers: rounding, codes, random words.
+struct U32 {
+  uint32_t v;
+
+  static GRADKERN_INLINE U32 all(uint32_t x) { return {x}; }
+  static GRADKERN_INLINE U32 lane_numbers() { return {0}; }
+  static GRADKERN_INLINE U32 of(F32 x) {
+    U32 bits;
+    __builtin_memcpy(&bits.v, &x.v, 4);
+    return bits;
+  }
+  GRADKERN_INLINE F32 as_float() const {
+    F32 x;
+    __builtin_memcpy(&x.v, &v, 4);
+    return x;
+  }
+  static GRADKERN_INLINE U32 load_u8(const uint8_t* p) { return {*p}; }
+  static GRADKERN_INLINE U32 load_u16(const uint16_t* p) { return {*p}; }
+  GRADKERN_INLINE void store_u8(uint8_t* p) const { *p = static_cast<uint8_t>(v); }
+  GRADKERN_INLINE void store_u16(uint16_t* p) const { *p = static_cast<uint16_t>(v); }
+  GRADKERN_INLINE U32 operator+(U32 o) const { return {v + o.v}; }
+  GRADKERN_INLINE U32 operator-(U32 o) const { return {v - o.v}; }
+  GRADKERN_INLINE U32 operator*(U32 o) const { return {v * o.v}; }
+  GRADKERN_INLINE U32 operator&(U32 o) const { return {v & o.v}; }
+  GRADKERN_INLINE U32 operator|(U32 o) const { return {v | o.v}; }
+  GRADKERN_INLINE U32 operator^(U32 o) const { return {v ^ o.v}; }
+  template <int kBits>
+  GRADKERN_INLINE U32 shl() const {
+    return {v << kBits};
+  }
+  template <int kBits>
+  GRADKERN_INLINE U32 shr() const {
+    return {v >> kBits};
+  }
+  template <int kBits>
+  GRADKERN_INLINE U32 sar() const {
+    return {static_cast<uint32_t>(static_cast<int32_t>(v) >> kBits)};
+  }
+  // As signed numbers.
+  static GRADKERN_INLINE U32 minimum(U32 a, U32 b) {
+    return static_cast<int32_t>(a.v) < static_cast<int32_t>(b.v) ? a : b;
+  }
+  static GRADKERN_INLINE U32 maximum(U32 a, U32 b) {
+    return static_cast<int32_t>(a.v) > static_cast<int32_t>(b.v) ? a : b;
+  }
+  GRADKERN_INLINE uint32_t largest() const { return v; }
+  // `other` where this is zero, else this.
+  GRADKERN_INLINE U32 or_if_zero(U32 other) const { return v == 0 ? other : *this; }
+  // This where `condition` is not zero, else zero.
+  GRADKERN_INLINE U32 where_nonzero(U32 condition) const { return {condition.v == 0 ? 0 : v}; }
+  // `other` where x is NaN, else this.
+  GRADKERN_INLINE U32 unless_nan(F32 x, U32 other) const { return x.v == x.v ? *this : other; }
 };
 
 // Squares of kLanes floats in memory, exact in double.

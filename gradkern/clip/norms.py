@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from gradkern import functional
 from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
 from gradkern.ops.step_scalars import reference as scalar_layout
 
-__all__ = ["clip_grad_norm_", "get_total_norm"]
+__all__ = ["clip_grad_norm_", "get_total_norm", "norm_of_order"]
 
 
 def get_total_norm(
@@ -117,3 +117,13 @@ def _checked(norm: torch.Tensor, norm_type: float, error_if_nonfinite: bool) -> 
             "non-finite norm anyway, set `error_if_nonfinite=False`"
         )
     return norm
+
+
+def norm_of_order(tensors: Sequence[torch.Tensor], order: float) -> torch.Tensor:
+    """Norm of any order over all elements: 0-dim fp64."""
+    wide = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    norms = [
+        torch.linalg.vector_norm(t, order, dtype=torch.complex128 if t.is_complex() else torch.float64) for t in wide
+    ]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).double(), order)
+    return total

@@ -38,7 +38,7 @@ class OpSpec:
         triton: ``"module:function"`` of the Triton launcher, imported on first use on a GPU.
         traceable: Implementation of the op registered with torch: unpacks lists and calls the chosen backend.
         fake: Result of the op under tracing; None where it returns nothing.
-        bytes_moved: Bytes read and written for one element, as a function of the op's dtypes; for benchmarks.
+        bytes_moved: Bytes read and written for one element, as a function of how operands are stored; for benchmarks.
     """
 
     name: str
@@ -48,4 +48,4 @@ class OpSpec:
     triton: str
     traceable: Callable[..., Any]
     fake: Callable[..., Any]
-    bytes_moved: Callable[..., int]
+    bytes_moved: Callable[..., float]

@@ -7,17 +7,19 @@ operand. The table is rebuilt only where an address changed, and it never keeps 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from operator import attrgetter
+from typing import NamedTuple, cast
 
 import torch
 
 from gradkern.ops._chunks import DTYPE_CODES, chunk_count, is_dense
 
-__all__ = ["AddressTable", "Operands"]
+__all__ = ["AddressTable", "Operands", "Role"]
 
-Column = Sequence[torch.Tensor] | None
+Tensors = Sequence[torch.Tensor] | None
+Column = Tensors | Sequence[int]
 
 # Attributes by way of map(): a table of 1,500 tensors is checked at every step.
 _data_ptr = torch.Tensor.data_ptr
@@ -29,9 +31,22 @@ _dtype = attrgetter("dtype")
 _device = attrgetter("device")
 
 
-# Dtypes that kernels take for granted, by the name of the operand.
-_FLOAT32 = frozenset({"main_grads", "steps"})
-_SAME_DTYPE = {"exp_avg_sqs": "exp_avgs", "max_exp_avg_sqs": "exp_avgs"}
+class Role(NamedTuple):
+    """What an operand must be.
+
+    Attributes:
+        dtype: Its dtype; None for any that kernels store.
+        like_first: Whether it has shape and strides of the first operand.
+        numel: Its elements, for so many elements of the first operand; None for any number.
+    """
+
+    dtype: torch.dtype | None = None
+    like_first: bool = True
+    numel: Callable[[int], int] | None = None
+
+
+_ANY = Role()
+Roles = Mapping[str, Role | None]  # None: a column of integers
 
 
 class AddressTable:
@@ -41,7 +56,18 @@ class AddressTable:
         chunks: Chunks of all rows together.
     """
 
-    __slots__ = ("_addresses", "_aligned", "_data", "_device_data", "_dtypes", "_rows", "_shapes", "_strides", "chunks")
+    __slots__ = (
+        "_addresses",
+        "_aligned",
+        "_data",
+        "_device_data",
+        "_dtypes",
+        "_rows",
+        "_shapes",
+        "_strides",
+        "_wide",
+        "chunks",
+    )
 
     def __init__(self) -> None:
         self._addresses: dict[str, list[int]] = {}
@@ -52,31 +78,49 @@ class AddressTable:
         self._rows = self._data.numpy()  # the same memory: numpy takes lists several times faster
         self._device_data: torch.Tensor | None = None
         self._aligned: bool | None = None
+        self._wide: set[str] = set()  # operands laid out as the first
         self.chunks = 0
 
-    def refresh(self, op: str, columns: Mapping[str, Column]) -> torch.Tensor:
+    def refresh(
+        self,
+        op: str,
+        columns: Mapping[str, Column],
+        roles: Roles | None = None,
+        moving: Collection[str] | None = None,
+    ) -> torch.Tensor:
         """Bring the table up to date and return it: int64, CPU, shape ``(tensors, 2 + len(columns))``.
 
         Args:
             op: Name of the op, for messages.
             columns: Operand name to its tensors, all lists of one length; ``None`` leaves the addresses zero. The first
-                column gives the rows their layout. A column named ``steps`` holds one scalar tensor per row.
+                column gives the rows their layout.
+            roles: What each operand must be; tensors of any kernel dtype laid out as the first where it is not named.
+                A role of None: a column of integers, written as they are.
+            moving: The operands that can have changed since the last call; None for all.
 
         Raises:
             ValueError: Lists of unequal length, mixed dtypes or devices in a column, or operands of unequal layout.
-            TypeError: A dtype that kernels do not store, or not the one they take for granted (fp32 ``main_grads`` and
-                ``steps``; moments of one dtype).
+            TypeError: A dtype that kernels do not store, or another than the operand's role says.
         """
+        roles = {} if roles is None else roles
         names = list(columns)
         first = columns[names[0]]
         if first is None:
             raise ValueError(f"{op}: {names[0]} must be a list of tensors, got None")
         if len(first) != self._data.shape[0] or names != list(self._addresses):
             self._reset(len(first), names)
-        for position, (name, tensors) in enumerate(columns.items()):
+            moving = None
+        for position, (name, column) in enumerate(columns.items()):
+            if moving is not None and name not in moving and (column is None or self._dtypes[name] is not None):
+                continue
+            role = roles.get(name, _ANY)
+            if role is None:
+                self._set_integers(op, position, name, cast("Sequence[int] | None", column))
+                continue
+            tensors = cast("Tensors", column)
             addresses = [] if tensors is None else list(map(_data_ptr, tensors))
             if addresses != self._addresses[name] or (tensors is not None and self._dtypes[name] is None):
-                self._rebuild(op, position, name, tensors, addresses, first)
+                self._rebuild(op, position, name, role, tensors, addresses, cast("Sequence[torch.Tensor]", first))
         return self._data
 
     def on_device(self, device: torch.device) -> torch.Tensor:
@@ -93,11 +137,9 @@ class AddressTable:
         return 0 if dtype is None else DTYPE_CODES[dtype]
 
     def aligned(self) -> bool:
-        """Whether every operand but scalars starts at a multiple of 16 bytes, as 128-bit accesses need."""
+        """Whether every operand laid out as the first starts at a multiple of 16 bytes, as 128-bit accesses need."""
         if self._aligned is None:
-            self._aligned = all(
-                address % 16 == 0 for other, column in self._addresses.items() if other != "steps" for address in column
-            )
+            self._aligned = all(address % 16 == 0 for name in self._wide for address in self._addresses[name])
         return self._aligned
 
     def _reset(self, rows: int, names: list[str]) -> None:
@@ -110,25 +152,38 @@ class AddressTable:
         self._device_data = None
         self.chunks = 0
 
+    def _set_integers(self, op: str, position: int, name: str, integers: Sequence[int] | None) -> None:
+        values = [] if integers is None else list(integers)
+        if integers is not None and len(values) != self._data.shape[0]:
+            raise ValueError(f"{op}: {name} has {len(values)} numbers, expected {self._data.shape[0]}")
+        if values != self._addresses[name]:
+            self._rows[:, 2 + position] = values or 0
+            self._addresses[name] = values
+            self._device_data = None
+        self._dtypes[name] = torch.int64
+
     def _rebuild(
         self,
         op: str,
         position: int,
         name: str,
-        tensors: Column,
+        role: Role,
+        tensors: Tensors,
         addresses: list[int],
         first: Sequence[torch.Tensor],
     ) -> None:
         if tensors is not None and len(tensors) != len(first):
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors, expected {len(first)} as in the first operand")
         if tensors is not None and tensors:
-            self._check_column(op, name, tensors, first[0].device)
+            self._check_column(op, name, role, tensors, first)
             if 0 in addresses:
                 self._check_storage(op, name, tensors)
         if position == 0:
             self._set_layouts(op, name, first)
-        elif tensors is not None and name != "steps":
+        elif tensors is not None and role.like_first:
             self._check_layouts(op, name, tensors)
+        if role.like_first:
+            self._wide.add(name)
         self._rows[:, 2 + position] = addresses or 0
         self._addresses[name] = addresses
         self._device_data = None
@@ -142,13 +197,13 @@ class AddressTable:
                     "expected a plain tensor; leave it to torch"
                 )
 
-    def _check_column(self, op: str, name: str, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
-        dtype = tensors[0].dtype
-        same_as = _SAME_DTYPE.get(name)
-        expected = torch.float32 if name in _FLOAT32 else None if same_as is None else self._dtypes[same_as]
-        if expected is not None and dtype != expected:
-            raise TypeError(f"{op}: {name}[0] has dtype {dtype}, expected {expected}; convert it first")
-        if dtype not in DTYPE_CODES:
+    def _check_column(
+        self, op: str, name: str, role: Role, tensors: Sequence[torch.Tensor], first: Sequence[torch.Tensor]
+    ) -> None:
+        dtype, device = tensors[0].dtype, first[0].device
+        if role.dtype is not None and dtype != role.dtype:
+            raise TypeError(f"{op}: {name}[0] has dtype {dtype}, expected {role.dtype}; convert it first")
+        if role.dtype is None and dtype not in DTYPE_CODES:
             raise TypeError(
                 f"{op}: {name}[0] has dtype {dtype}, kernels store {', '.join(map(str, DTYPE_CODES))}; "
                 "convert it or leave it to torch"
@@ -159,6 +214,13 @@ class AddressTable:
                 f"{op}: {name}[{i}] is {tensor.dtype} on {tensor.device}, expected {dtype} on {device} like the "
                 "others; call once per dtype and device"
             )
+        if role.numel is not None:
+            for i, (tensor, like) in enumerate(zip(tensors, first, strict=True)):
+                if tensor.numel() != role.numel(like.numel()) or not tensor.is_contiguous():
+                    raise ValueError(
+                        f"{op}: {name}[{i}] has {tensor.numel()} elements, expected {role.numel(like.numel())}, "
+                        f"contiguous, for {like.numel()} elements of the first operand"
+                    )
         self._dtypes[name] = dtype
 
     def _set_layouts(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -211,6 +273,8 @@ class Operands:
         op: Name of the op, for messages.
         columns: Operand name to its tensors.
         cache: Table kept from the last call with the same operands; a fresh one when None.
+        roles: As in :meth:`AddressTable.refresh`.
+        moving: As in :meth:`AddressTable.refresh`.
 
     Attributes:
         table: int64, CPU, up to date.
@@ -222,18 +286,28 @@ class Operands:
 
     __slots__ = ("cache", "columns", "op", "table")
 
-    def __init__(self, op: str, columns: Mapping[str, Column], cache: AddressTable | None = None) -> None:
+    def __init__(
+        self,
+        op: str,
+        columns: Mapping[str, Column],
+        cache: AddressTable | None = None,
+        *,
+        roles: Roles | None = None,
+        moving: Collection[str] | None = None,
+    ) -> None:
         self.op = op
         self.columns = columns
         self.cache = AddressTable() if cache is None else cache
-        self.table = self.cache.refresh(op, columns)
+        self.table = self.cache.refresh(op, columns, roles, moving)
 
     def __getitem__(self, name: str) -> Sequence[torch.Tensor]:
-        return self.columns[name] or ()
+        return cast("Tensors", self.columns[name]) or ()
+
+    def integers(self, name: str) -> Sequence[int]:
+        """A column of integers; zeros where it was left out."""
+        return cast("Sequence[int] | None", self.columns[name]) or [0] * len(self.table)
 
     def device(self) -> torch.device:
-        """Device of the first tensor; the CPU for empty lists."""
-        for tensors in self.columns.values():
-            if tensors:
-                return tensors[0].device
-        return torch.device("cpu")
+        """Device of the first operand; the CPU for empty lists."""
+        first = next(iter(self.columns.values()))
+        return cast("Sequence[torch.Tensor]", first)[0].device if first else torch.device("cpu")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from gradkern.optim.adamw import AdamW
+from gradkern.optim._engine import EngineOptions
+from gradkern.optim.adam import Adam, AdamW
+from gradkern.optim.lion import Lion
+from gradkern.optim.sgd import SGD
 
-__all__ = ["AdamW"]
+__all__ = ["SGD", "Adam", "AdamW", "EngineOptions", "Lion"]

@@ -8,6 +8,7 @@ import torch
 import gradkern as gk
 from gradkern import functional
 from gradkern.ops import _registry
+from gradkern.ops.adamw_step.spec import STEP
 from gradkern.testing import all_samples, same_bits
 
 FIRST = {}
@@ -101,11 +102,13 @@ def test_dtypes_that_kernels_take_for_granted_are_checked():
     with pytest.raises(TypeError, match=r"main_grads\[0\] has dtype torch\.bfloat16, expected torch\.float32"):
         functional.accumulate_([torch.zeros(4, dtype=torch.bfloat16)], [torch.ones(4)])
     scalars = functional.new_scalars(torch.device("cpu"))
+    tensors = {
+        "params": [torch.zeros(4)], "grads": [torch.ones(4)], "steps": [torch.ones(())],
+        "exp_avgs": [torch.zeros(4)], "exp_avg_sqs": [torch.zeros(4, dtype=torch.bfloat16)],
+    }  # fmt: skip
+    hyper = torch.tensor([*STEP.rule.sample_hyper, 0.0], dtype=torch.float64)
     with pytest.raises(TypeError, match=r"exp_avg_sqs\[0\] has dtype torch\.bfloat16, expected torch\.float32"):
-        functional.adamw_step_(
-            [torch.zeros(4)], [torch.ones(4)], [torch.zeros(4)], [torch.zeros(4, dtype=torch.bfloat16)], None,
-            [torch.ones(())], scalars, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0,
-        )  # fmt: skip
+        functional.step_(STEP, tensors, scalars, hyper)
     with pytest.raises(ValueError, match=r"steps\[0\] is torch\.float64"):
         functional.step_scalars_(scalars, [torch.zeros(3, dtype=torch.float64)], [])
 

@@ -6,10 +6,12 @@ import torch
 
 from gradkern.ops import _registry
 from gradkern.ops._spec import OpSpec
-from gradkern.ops._table import Operands
+from gradkern.ops._table import Operands, Role
 from gradkern.ops.accumulate import reference
 
-__all__ = ["SPEC"]
+__all__ = ["ROLES", "SPEC"]
+
+ROLES = {"main_grads": Role(torch.float32)}
 
 
 def _native(operands: Operands, partials: torch.Tensor | None, *, overwrite: bool) -> None:
@@ -23,7 +25,7 @@ def _traceable(
     *,
     overwrite: bool,
 ) -> None:
-    operands = Operands(SPEC.name, {"main_grads": main_grads, "grads": grads})
+    operands = Operands(SPEC.name, {"main_grads": main_grads, "grads": grads}, roles=ROLES)
     _registry.select(SPEC, operands.device())(operands, partials, overwrite=overwrite)
 
 

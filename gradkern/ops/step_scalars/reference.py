@@ -15,17 +15,19 @@ import torch
 __all__ = [
     "CLIP_COEF",
     "GRAD_MULTIPLIER",
+    "LIMIT",
     "NORM",
     "SIZE",
     "SKIP",
+    "SKIPPED",
     "exact_sum",
     "power",
     "round_fp32",
     "step_scalars_",
 ]
 
-NORM, GRAD_MULTIPLIER, SKIP, CLIP_COEF = range(4)
-SIZE = 4
+NORM, GRAD_MULTIPLIER, SKIP, CLIP_COEF, SKIPPED, LIMIT = range(6)
+SIZE = 8
 LIMBS = 22
 BIAS = 352
 _LARGEST = 32 * (LIMBS - 3) - 1
@@ -111,7 +113,7 @@ def step_scalars_(
     if max_norm != math.inf:
         clip = max_norm / (norm + 1e-6)
         clip = 1.0 if clip > 1.0 else clip  # NaN stays
-    scalars[:SIZE] = torch.tensor(
+    scalars[:4] = torch.tensor(
         [norm, round_fp32(clip / scale), 1.0 if skip else 0.0, clip],
         dtype=torch.float64,
         device=scalars.device,

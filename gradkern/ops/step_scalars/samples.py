@@ -36,7 +36,7 @@ def samples() -> Iterator[Sample]:
     for name, (partials, max_norm, scale, found_inf) in cases.items():
         yield Sample(
             name,
-            (torch.zeros(4, dtype=torch.float64), [torch.arange(3.0), torch.tensor(41.0)], partials),
+            (torch.zeros(8, dtype=torch.float64), [torch.arange(3.0), torch.tensor(41.0)], partials),
             {
                 "max_norm": max_norm,
                 "grad_scale": None if scale is None else torch.tensor(scale),

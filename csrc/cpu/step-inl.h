@@ -1,0 +1,284 @@
+// One chunk of an optimizer step: codecs around a rule. fp32 operands are used in place; others pass through a block of
+// fp32 that stays in L1, so that dtypes do not multiply into loops.
+
+constexpr int64_t kBlock = 512;
+
+template <class Rule>
+inline void rule_block(const Rule& rule, float* param, const float* grad, float* const* states, int64_t padded) {
+  for (int64_t i = 0; i < padded; i += F32::kLanes) {
+    prefetch(param + i);
+    prefetch(grad + i);
+    F32 state[Rule::kStates + 1];
+    for (int k = 0; k < Rule::kStates; ++k) {
+      prefetch(states[k] + i);
+      state[k] = F32::load(states[k] + i);
+    }
+    rule(F32::load(param + i), F32::load(grad + i), state).store(param + i);
+    for (int k = 0; k < Rule::kStates; ++k) {
+      state[k].store(states[k] + i);
+    }
+  }
+}
+
+// What lies in memory for one block of an operand: the user's own bytes where whole vectors fit, else a padded copy, so
+// that an element never depends on where a tensor ends.
+struct Window {
+  alignas(64) unsigned char copy[kBlock * 4];
+  unsigned char* home;
+  unsigned char* bytes;
+  int64_t size_bytes;
+
+  inline void open(void* base, int64_t item, int64_t offset, int64_t size, int64_t padded) {
+    home = static_cast<unsigned char*>(base) + offset * item;
+    bytes = home;
+    size_bytes = 0;
+    if (size != padded && item != 0) {
+      size_bytes = size * item;
+      __builtin_memset(copy + size_bytes, 0, (padded - size) * item);
+      __builtin_memcpy(copy, home, size_bytes);
+      bytes = copy;
+    }
+  }
+  inline void close() const { __builtin_memcpy(home, copy, size_bytes); }
+};
+
+inline void limit_grad(const StepChunk& chunk, int64_t padded, float* grad) {
+  const F32 high = F32::all(chunk.limit), low = F32::all(-chunk.limit);
+  for (int64_t i = 0; i < padded; i += F32::kLanes) {
+    F32::minimum(F32::maximum(F32::load(grad + i), low), high).store(grad + i);
+  }
+}
+
+inline void multiply_units(const StepChunk& chunk, int64_t first, int64_t size, float* grad) {
+  int64_t i = 0;
+  while (i < size) {
+    const int64_t unit = (chunk.offset + first + i) / chunk.unit_size;
+    int64_t end = (unit + 1) * chunk.unit_size - chunk.offset - first;
+    end = end < size ? end : size;
+    const float multiplier = chunk.units[unit];
+    for (; i < end; ++i) {
+      grad[i] *= multiplier;
+    }
+  }
+}
+
+// The block's states as fp32, and back.
+template <bool kSigned, int kHalf>
+inline float* open_state(StateCodec codec, Window& window, const uint8_t* scale, int64_t padded, float* values) {
+  switch (codec) {
+    case StateCodec::kFloat32:
+      return reinterpret_cast<float*>(window.bytes);
+    case StateCodec::kBFloat16:
+    case StateCodec::kBFloat16Stochastic:
+      decode<BFloat16Codec>(window.bytes, padded, values);
+      return values;
+    case StateCodec::kFloat16:
+      decode<Float16Codec>(window.bytes, padded, values);
+      return values;
+    case StateCodec::kBlock8:
+      decode_block8<kSigned>(window.bytes, scale, padded, values);
+      return values;
+  }
+  return values;
+}
+
+template <int kHalf>
+inline void encode_bf16_stochastic(const float* x, int64_t padded, uint32_t key, uint32_t offset, uint16_t* out) {
+  for (int64_t i = 0; i < padded; i += F32::kLanes) {
+    const U32 words = random_words(key, offset + static_cast<uint32_t>(i));
+    const U32 random = kHalf == 0 ? words & U32::all(0xFFFFu) : words.shr<16>();
+    const F32 value = F32::load(x + i);
+    (U32::of(value) + random).shr<16>().unless_nan(value, U32::all(0x7FC0u)).store_u16(out + i);
+  }
+}
+
+template <bool kSigned, int kHalf>
+inline void close_state(const StepChunk& chunk, Window& window, uint8_t* scale, int64_t first, int64_t size,
+                        int64_t padded, float* values) {
+  const auto offset = static_cast<uint32_t>(chunk.offset + first);
+  switch (chunk.state_codec) {
+    case StateCodec::kFloat32:
+      break;
+    case StateCodec::kBFloat16:
+      encode<BFloat16Codec>(values, padded, window.bytes);
+      break;
+    case StateCodec::kBFloat16Stochastic:
+      encode_bf16_stochastic<kHalf>(values, padded, chunk.key, offset, reinterpret_cast<uint16_t*>(window.bytes));
+      break;
+    case StateCodec::kFloat16:
+      encode<Float16Codec>(values, padded, window.bytes);
+      break;
+    case StateCodec::kBlock8:
+      for (int64_t i = size; i < padded; ++i) {
+        values[i] = 0.0f;  // padding must not set the exponent of a block
+      }
+      encode_block8<kSigned, kHalf>(values, padded, chunk.key, offset, window.bytes, scale);
+      break;
+  }
+  window.close();
+}
+
+inline float* open_param(const StepChunk& chunk, Window& param, Window& remainder, int64_t padded, float* values) {
+  switch (chunk.param_codec) {
+    case ParamCodec::kFloat32:
+      return reinterpret_cast<float*>(param.bytes);
+    case ParamCodec::kBFloat16Master32:
+    case ParamCodec::kFloat16Master32:
+      return reinterpret_cast<float*>(remainder.bytes);
+    case ParamCodec::kBFloat16:
+    case ParamCodec::kBFloat16Stochastic:
+      decode<BFloat16Codec>(param.bytes, padded, values);
+      break;
+    case ParamCodec::kFloat16:
+      decode<Float16Codec>(param.bytes, padded, values);
+      break;
+    case ParamCodec::kBFloat16Split16:
+      decode_param<ParamCodec::kBFloat16Split16>(param.bytes, remainder.bytes, padded, values);
+      break;
+    case ParamCodec::kBFloat16Split8:
+      decode_param<ParamCodec::kBFloat16Split8>(param.bytes, remainder.bytes, padded, values);
+      break;
+  }
+  return values;
+}
+
+inline void close_param(const StepChunk& chunk, Window& param, Window& remainder, int64_t first, int64_t padded,
+                        const float* values) {
+  const auto offset = static_cast<uint32_t>(chunk.offset + first);
+  switch (chunk.param_codec) {
+    case ParamCodec::kFloat32:
+      break;
+    case ParamCodec::kBFloat16:
+      encode<BFloat16Codec>(values, padded, param.bytes);
+      break;
+    case ParamCodec::kFloat16:
+    case ParamCodec::kFloat16Master32:
+      encode<Float16Codec>(values, padded, param.bytes);
+      break;
+    case ParamCodec::kBFloat16Master32:
+      encode_param<ParamCodec::kBFloat16Master32>(values, padded, chunk.key, offset, param.bytes, remainder.bytes);
+      break;
+    case ParamCodec::kBFloat16Split16:
+      encode_param<ParamCodec::kBFloat16Split16>(values, padded, chunk.key, offset, param.bytes, remainder.bytes);
+      break;
+    case ParamCodec::kBFloat16Split8:
+      encode_param<ParamCodec::kBFloat16Split8>(values, padded, chunk.key, offset, param.bytes, remainder.bytes);
+      break;
+    case ParamCodec::kBFloat16Stochastic:
+      encode_param<ParamCodec::kBFloat16Stochastic>(values, padded, chunk.key, offset, param.bytes, remainder.bytes);
+      break;
+  }
+  param.close();
+  remainder.close();
+}
+
+// Scratch of one block: fp32 values and padded copies of what lies in memory.
+struct Scratch {
+  alignas(64) float param_values[kBlock], grad_values[kBlock], state_values[kMaxStates][kBlock];
+  Window param, remainder, grad, state[kMaxStates];
+};
+
+template <class Rule>
+inline void step_block(const Rule& rule, const StepChunk& chunk, int64_t first, int64_t size, Scratch& scratch) {
+  const int64_t padded = (size + F32::kLanes - 1) / F32::kLanes * F32::kLanes;
+  scratch.param.open(chunk.param, param_item(chunk.param_codec), first, size, padded);
+  scratch.remainder.open(chunk.remainder, remainder_item(chunk.param_codec), first, size, padded);
+  scratch.grad.open(const_cast<void*>(chunk.grad), item_size(chunk.grad_dtype), first, size, padded);
+  float* param = open_param(chunk, scratch.param, scratch.remainder, padded, scratch.param_values);
+  float* grad = reinterpret_cast<float*>(scratch.grad.bytes);
+  if (chunk.grad_dtype != DType::kFloat32 || chunk.transform != GradTransform::kNone) {
+    grad = scratch.grad_values;
+    decode(chunk.grad_dtype, scratch.grad.bytes, padded, grad);
+    if (chunk.transform == GradTransform::kLimit) {
+      limit_grad(chunk, padded, grad);
+    } else if (chunk.transform == GradTransform::kUnits) {
+      multiply_units(chunk, first, size, grad);
+    }
+  }
+  float* states[kMaxStates] = {};
+  const int64_t item = state_item(chunk.state_codec);
+  uint8_t* scale[kMaxStates] = {};
+  for (int k = 0; k < Rule::kStates; ++k) {
+    scratch.state[k].open(chunk.state[k], item, first, size, padded);
+    scale[k] = chunk.scale[k] + first / kStateBlock;
+  }
+  if constexpr (Rule::kStates > 0) {
+    states[0] =
+        open_state<Rule::kSigned[0], 0>(chunk.state_codec, scratch.state[0], scale[0], padded, scratch.state_values[0]);
+  }
+  if constexpr (Rule::kStates > 1) {
+    states[1] =
+        open_state<Rule::kSigned[1], 1>(chunk.state_codec, scratch.state[1], scale[1], padded, scratch.state_values[1]);
+  }
+  if constexpr (Rule::kStates > 2) {
+    states[2] =
+        open_state<Rule::kSigned[2], 1>(chunk.state_codec, scratch.state[2], scale[2], padded, scratch.state_values[2]);
+  }
+  rule_block(rule, param, grad, states, padded);
+  if constexpr (Rule::kStates > 0) {
+    close_state<Rule::kSigned[0], 0>(chunk, scratch.state[0], scale[0], first, size, padded, states[0]);
+  }
+  if constexpr (Rule::kStates > 1) {
+    close_state<Rule::kSigned[1], 1>(chunk, scratch.state[1], scale[1], first, size, padded, states[1]);
+  }
+  if constexpr (Rule::kStates > 2) {
+    close_state<Rule::kSigned[2], 1>(chunk, scratch.state[2], scale[2], first, size, padded, states[2]);
+  }
+  close_param(chunk, scratch.param, scratch.remainder, first, padded, param);
+}
+
+template <class Rule>
+inline void step_chunk(const StepChunk& chunk, const StepScalars& scalars) {
+  const Rule rule(scalars);
+  Scratch scratch;
+  for (int64_t i = 0; i < chunk.size; i += kBlock) {
+    step_block(rule, chunk, i, chunk.size - i < kBlock ? chunk.size - i : kBlock, scratch);
+  }
+}
+
+// From a variant's number to its template.
+template <template <class, int> class Rule, int kVariant>
+inline void step_variant(int64_t variant, const StepChunk& chunk, const StepScalars& scalars) {
+  if (variant == kVariant) {
+    return step_chunk<Rule<F32, kVariant>>(chunk, scalars);
+  }
+  if constexpr (kVariant + 1 < Rule<F32, 0>::kVariants) {
+    step_variant<Rule, kVariant + 1>(variant, chunk, scalars);
+  }
+}
+
+template <template <class, int> class Rule>
+void step_loop(int64_t variant, const StepChunk& chunk, const StepScalars& scalars) {
+  step_variant<Rule, 0>(variant, chunk, scalars);
+}
+
+template <template <class, int> class Rule, int kVariant>
+inline StepScalars scalars_variant(int64_t variant, const double* hyper, double grad_multiplier, int64_t step) {
+  if constexpr (kVariant + 1 < Rule<F32, 0>::kVariants) {
+    if (variant != kVariant) {
+      return scalars_variant<Rule, kVariant + 1>(variant, hyper, grad_multiplier, step);
+    }
+  }
+  return Rule<F32, kVariant>::scalars(hyper, grad_multiplier, step);
+}
+
+template <template <class, int> class Rule>
+StepScalars step_scalars_of(int64_t variant, const double* hyper, double grad_multiplier, int64_t step) {
+  return scalars_variant<Rule, 0>(variant, hyper, grad_multiplier, step);
+}
+
+template <template <class, int> class Rule, int kVariant>
+inline int64_t states_variant(int64_t variant) {
+  if (variant == kVariant) {
+    return Rule<F32, kVariant>::kStates;
+  }
+  if constexpr (kVariant + 1 < Rule<F32, 0>::kVariants) {
+    return states_variant<Rule, kVariant + 1>(variant);
+  }
+  return -1;
+}
+
+template <template <class, int> class Rule>
+int64_t step_states(int64_t variant) {
+  return states_variant<Rule, 0>(variant);
+}

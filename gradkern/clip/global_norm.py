@@ -1,0 +1,174 @@
+"""Clipping by the norm of all gradients, also of several optimizers, or of every group by itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import torch
+
+from gradkern import functional
+from gradkern.clip.policy import ClipPolicy
+from gradkern.ops._chunks import kernel_can_read
+from gradkern.ops.step_scalars.reference import GRAD_MULTIPLIER
+
+__all__ = ["GlobalNorm", "GroupNorm"]
+
+
+class _MeasuresItself(Protocol):
+    """An optimizer that knows sums of squares of its gradients better than by a pass over them."""
+
+    def norm_partials(self) -> list[torch.Tensor]:
+        """fp64 sums of squares."""
+
+
+class GlobalNorm(ClipPolicy):
+    """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does.
+
+    One object given to several optimizers clips by their joint norm, measured when the first of them steps. An
+    optimizer of torch takes part through :meth:`attach`; its gradients are scaled in place before its step.
+
+    Args:
+        max_norm: Threshold, at least 0; ``inf`` measures without clipping.
+        norm_type: Order of the norm. Only order 2 is a by-product of accumulation; another costs a pass.
+        error_if_nonfinite: Raise before anything is changed, naming the parameters, where the norm is NaN or infinite;
+            reads the norm on the host at every step. Default False, as in torch.
+
+    Raises:
+        ValueError: ``max_norm`` is negative or NaN.
+
+    Example:
+        >>> import torch, gradkern as gk
+        >>> a, b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        >>> clip = gk.clip.GlobalNorm(1.0)
+        >>> first = gk.AdamW(a.parameters(), clip=clip)
+        >>> second = torch.optim.SGD(b.parameters(), lr=0.1)
+        >>> handle = clip.attach(second)
+    """
+
+    def __init__(self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> None:
+        if not max_norm >= 0.0:
+            raise ValueError(
+                f"{type(self).__name__}: max_norm must be at least 0 (inf measures the norm without clipping), got "
+                f"{max_norm}"
+            )
+        self.max_norm = float(max_norm)
+        self.norm_type = float(norm_type)
+        self.error_if_nonfinite = error_if_nonfinite
+        self._members: list[weakref.ref[torch.optim.Optimizer]] = []
+        self._block: torch.Tensor | None = None
+        # What the block was formed of, by optimizer: a member takes part in a round once.
+        self._round: dict[int, list[tuple[int, int]]] = {}
+
+    def __repr__(self) -> str:
+        order = "" if self.norm_type == 2.0 else f", norm_type={self.norm_type}"
+        return f"{type(self).__name__}({self.max_norm}{order})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizers are bound again when they are unpickled.
+        return {**self.__dict__, "_members": [], "_block": None, "_round": {}}
+
+    def threshold(self, group: Mapping[str, Any]) -> float:
+        """The same for all groups."""
+        return self.max_norm
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember an optimizer whose gradients count."""
+        self._members.append(weakref.ref(optimizer))
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Let an optimizer of torch take part: before each of its steps its gradients are scaled in place.
+
+        Args:
+            optimizer: Any ``torch.optim.Optimizer`` with plain gradients on one device, such as ``torch.optim.Muon``.
+
+        Returns:
+            A handle; its ``remove()`` ends the scaling (the gradients still count while the optimizer lives).
+
+        Raises:
+            ValueError: The norm is not of order 2.
+        """
+        if self.norm_type != 2.0:
+            raise ValueError(f"{self!r}: only norms of order 2 can be joint, got norm_type={self.norm_type}")
+        self.bind(optimizer)
+        return optimizer.register_step_pre_hook(self._scale_before)
+
+    def joint(self, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+        """The block formed of the gradients of all members, for one of them; None with a single member."""
+        members = [member for ref in self._members if (member := ref()) is not None]
+        if len(members) < 2:
+            return None
+        if self.norm_type != 2.0:
+            raise ValueError(f"{self!r}: only norms of order 2 can be joint; give each optimizer a policy of its own")
+        seen = self._round.pop(id(optimizer), None)
+        if self._block is None or seen is None or seen != _signature(optimizer):
+            self._measure(optimizer, members)
+            self._round.pop(id(optimizer), None)
+        return self._block
+
+    def _measure(self, optimizer: torch.optim.Optimizer, members: list[torch.optim.Optimizer]) -> None:
+        partials = [block for member in members for block in _partials(member)]
+        devices = {block.device for block in partials}
+        if len(devices) > 1:
+            raise ValueError(
+                f"{self!r}: a joint norm needs all gradients on one device, got "
+                f"{', '.join(sorted(map(str, devices)))}; give each optimizer a policy of its own"
+            )
+        block = functional.new_scalars(devices.pop() if devices else torch.device("cpu"))
+        scale = getattr(optimizer, "grad_scale", None)
+        functional.step_scalars_(block, [], partials, max_norm=self.max_norm, grad_scale=scale)
+        self._block = block
+        self._round = {id(member): _signature(member) for member in members}
+
+    @torch.no_grad()
+    def _scale_before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        block = self.joint(optimizer)
+        grads = _grads(optimizer)
+        if block is None:  # the others are gone
+            block = functional.new_scalars(grads[0].device if grads else torch.device("cpu"))
+            functional.step_scalars_(block, [], _partials(optimizer), max_norm=self.max_norm)
+        if grads:
+            torch._foreach_mul_(grads, block[GRAD_MULTIPLIER].float().to(grads[0].device))
+
+
+class GroupNorm(GlobalNorm):
+    """Clip every parameter group by its own norm: by ``group["max_norm"]`` where it has one.
+
+    Args:
+        max_norm: Threshold of groups that name none.
+        norm_type: As in :class:`GlobalNorm`.
+        error_if_nonfinite: As in :class:`GlobalNorm`.
+    """
+
+    per_group = True
+
+    def threshold(self, group: Mapping[str, Any]) -> float:
+        """Of this group."""
+        return float(group.get("max_norm", self.max_norm))
+
+    def joint(self, optimizer: torch.optim.Optimizer) -> None:
+        """Groups are never measured together."""
+
+
+def _grads(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _signature(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
+    return [(id(grad), grad._version) for grad in _grads(optimizer)]
+
+
+def _partials(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    if hasattr(optimizer, "norm_partials"):
+        return cast("_MeasuresItself", optimizer).norm_partials()
+    blocks = []
+    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for grad in _grads(optimizer):
+        if kernel_can_read(grad):
+            by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
+        else:
+            wide = torch.complex128 if grad.is_complex() else torch.float64
+            blocks.append(torch.linalg.vector_norm(grad, dtype=wide).double().square().reshape(1))
+    blocks.extend(functional.sumsq(same) for same in by_kind.values())
+    return blocks

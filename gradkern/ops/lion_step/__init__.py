@@ -1,0 +1,1 @@
+"""The rule of Lion: meaning, specification, Triton kernel, samples."""

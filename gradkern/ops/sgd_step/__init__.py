@@ -1,0 +1,1 @@
+"""The rule of SGD: meaning, specification, Triton kernel, samples."""

@@ -1,0 +1,12 @@
+"""Inputs of ``sgd_step_`` for tests and benchmarks."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from gradkern.ops._step.samples import step_samples
+from gradkern.ops.sgd_step.spec import STEP
+
+__all__ = ["samples"]
+
+samples = partial(step_samples, STEP.rule)

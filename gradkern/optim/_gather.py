@@ -1,0 +1,326 @@
+"""From parameter groups to buckets: what one launch updates, found again at every step as cheaply as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from operator import attrgetter, is_
+from typing import Any, Protocol
+
+import torch
+
+from gradkern.ops._chunks import kernel_can_read
+from gradkern.ops._step.codecs import ParamCodec, StateCodec, param_dtypes
+from gradkern.ops._step.columns import scales_of
+from gradkern.ops._step.rule import Codecs, State
+from gradkern.ops._table import AddressTable, Operands
+from gradkern.optim._precision import Precision
+from gradkern.optim._state import Changes, WatchedState, WatchedStates
+
+__all__ = ["Bucket", "Gathered", "Gathering"]
+
+# Attributes by way of map(): with thousands of small tensors, gathering costs as much as the update itself.
+_grad = attrgetter("grad")
+_version = attrgetter("_version")
+_dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_layout = torch.Tensor.layout.__get__  # type: ignore[attr-defined]
+_numel = torch.Tensor.numel
+_is_contiguous = torch.Tensor.is_contiguous
+_stride = torch.Tensor.stride
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Parameters of one group that one launch updates: same device, dtypes and codecs.
+
+    Attributes:
+        codecs: How the operands are stored; None where kernels cannot run it and torch's own update does (fp64,
+            complex, sparse, odd strides).
+        ids: Numbers of the parameters in the optimizer, as in its ``state_dict``.
+        columns: State tensors by operand name.
+        steps: Step counters, also of optimizers whose state has none.
+        norms: What the per-parameter norms of the last step are made of: parameters, and the partials of all of them.
+    """
+
+    group: dict[str, Any]
+    codecs: Codecs | None
+    states: tuple[State, ...]
+    params: list[torch.Tensor] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    columns: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    masters: list[torch.Tensor] = field(default_factory=list)
+    steps: list[torch.Tensor] = field(default_factory=list)
+    grads: list[torch.Tensor] = field(default_factory=list)
+    operands: Operands | None = None
+    settled: bool = False
+    # Held so that the addresses in the table stay valid whatever becomes of the tensors.
+    storages: list[torch.UntypedStorage] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    norms: list[tuple[list[torch.Tensor], torch.Tensor]] = field(default_factory=list)
+    step_cache: AddressTable = field(default_factory=AddressTable)
+    norm_cache: AddressTable = field(default_factory=AddressTable)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self.params[0].device
+
+    def tensors(self) -> dict[str, Sequence[torch.Tensor] | None]:
+        """Operands of the step by name."""
+        return {
+            "params": self.params,
+            "grads": self.grads,
+            "steps": self.steps,
+            "remainders": self.masters or None,
+            **self.columns,
+        }
+
+
+class _GroupPlan:
+    """The buckets of one group, kept while the same parameters have gradients of the same kind."""
+
+    __slots__ = ("buckets", "key", "step_buffer")
+
+    def __init__(self) -> None:
+        self.key: object = None
+        self.buckets: list[Bucket] = []
+        self.step_buffer: torch.Tensor | None = None
+
+    def counters(self) -> list[torch.Tensor]:
+        """Tensors of the step counters that kernels advance: the whole buffer at once where that is right."""
+        counted = [bucket for bucket in self.buckets if bucket.codecs is not None]
+        if self.step_buffer is not None and sum(len(b.params) for b in counted) == len(self.step_buffer):
+            return [self.step_buffer]
+        return [step for bucket in counted for step in bucket.steps]
+
+
+class Gathered(Protocol):
+    """An optimizer whose parameters are gathered."""
+
+    state: Any
+    param_groups: list[dict[str, Any]]
+
+    def _states(self, group: dict[str, Any]) -> tuple[State, ...]:
+        """State of each parameter of a group."""
+
+    def _check(self, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
+        """Refuse what no update can take; called before any state is made."""
+
+
+class Gathering:
+    """Finds the buckets of an optimizer, which hands itself over at every step: neither holds the other alive.
+
+    Args:
+        precision: In how many bits it keeps parameters and state.
+        step_in_state: Whether ``state["step"]`` counts steps, as in torch's namesake.
+    """
+
+    def __init__(self, precision: Precision, *, step_in_state: bool) -> None:
+        self._precision = precision
+        self._step_in_state = step_in_state
+        self._changes = Changes()
+        self._plans: list[_GroupPlan] = []
+        # Steps of optimizers whose state does not count them: kept here, by parameter.
+        self._own_steps: dict[torch.Tensor, torch.Tensor] = {}
+
+    def forget(self) -> None:
+        """Look at everything anew at the next step; what is not in the state is lost."""
+        self._plans = []
+        self._own_steps = {}
+
+    @property
+    def last(self) -> list[Bucket]:
+        """Buckets of the last step."""
+        return [bucket for plan in self._plans for bucket in plan.buckets]
+
+    def counters(self) -> list[torch.Tensor]:
+        """Step counters to advance."""
+        return [counter for plan in self._plans for counter in plan.counters()]
+
+    def buckets(self, optimizer: Gathered) -> list[Bucket]:
+        """The buckets of this step, with their gradients; parameters without one are left out."""
+        if type(optimizer.state) is not WatchedStates:
+            optimizer.state = WatchedStates(optimizer.state, self._changes)
+            self._plans = []
+        groups = optimizer.param_groups
+        while len(self._plans) < len(groups):
+            self._plans.append(_GroupPlan())
+        found: list[Bucket] = []
+        first_id = 0
+        renewed = False
+        for group, plan in zip(groups, self._plans, strict=True):
+            params = group["params"]
+            grads = list(map(_grad, params))
+            positions: Sequence[int] = range(len(params))
+            if True in map(is_, grads, repeat(None)):
+                positions = [i for i in positions if grads[i] is not None]
+                params = [params[i] for i in positions]
+                grads = [grads[i] for i in positions]
+            contiguous = all(map(_is_contiguous, params)) and all(map(_is_contiguous, grads))
+            states = optimizer._states(group)
+            key = (
+                list(map(id, params)),
+                list(map(_dtype, grads)),
+                list(map(_layout, grads)),
+                None if contiguous else (list(map(_stride, params)), list(map(_stride, grads))),
+                list(map(_numel, params)),
+                states,
+                group.get("differentiable", False),
+            )
+            if plan.key != (key, self._changes.count):
+                optimizer._check(group, params, grads)
+                plan.buckets = self._new_buckets(optimizer, group, plan, params, grads, positions, first_id)
+                plan.key = (key, self._changes.count)  # with the state just made
+                renewed = True
+            if len(plan.buckets) == 1:
+                plan.buckets[0].grads = grads
+            else:
+                grad_at = dict(zip(positions, grads, strict=True))
+                for bucket in plan.buckets:
+                    bucket.grads = [grad_at[position] for position in bucket.positions]
+            for bucket in plan.buckets:
+                if bucket.masters:
+                    self._renew_masters(bucket)
+            found.extend(plan.buckets)
+            first_id += len(group["params"])
+        if renewed:
+            for plan in self._plans:  # state made for one group has not changed that of another
+                plan.key = None if plan.key is None else (plan.key[0], self._changes.count)  # type: ignore[index]
+        return found
+
+    def remember_versions(self, buckets: Sequence[Bucket]) -> None:
+        """After a step: parameters with a master that change from here on were changed from outside."""
+        for bucket in buckets:
+            if bucket.masters:
+                bucket.versions = list(map(_version, bucket.params))
+
+    def renew_masters(self) -> None:
+        """Take every parameter as it is; for changes that bump no version."""
+        for bucket in self.last:
+            bucket.versions = [-1] * len(bucket.params) if bucket.masters else []
+
+    def _renew_masters(self, bucket: Bucket) -> None:
+        versions = list(map(_version, bucket.params))
+        if not bucket.versions or versions == bucket.versions:
+            return
+        for param, master, now, then in zip(bucket.params, bucket.masters, versions, bucket.versions, strict=True):
+            if now != then:
+                master.copy_(self._precision.new_master(param, master.dtype))
+        bucket.versions = versions
+
+    def _new_buckets(
+        self,
+        optimizer: Gathered,
+        group: dict[str, Any],
+        plan: _GroupPlan,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        positions: Sequence[int],
+        first_id: int,
+    ) -> list[Bucket]:
+        cells = self._adopt_steps(optimizer, group, plan)
+        versions = {id(p): v for b in plan.buckets if b.versions for p, v in zip(b.params, b.versions, strict=True)}
+        states = optimizer._states(group)
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        for param, grad, position in zip(params, grads, positions, strict=True):
+            readable = _kernels_can_read(param, grad) and not group.get("differentiable", False)
+            state = self._state_of(optimizer, param, cells[position], states, kernel=readable)
+            codecs = self._codecs(param, grad, state, states) if readable else None
+            key = (param.device, param.dtype, codecs)
+            if key not in buckets:
+                buckets[key] = Bucket(group, codecs, states)
+            bucket = buckets[key]
+            bucket.params.append(param)
+            bucket.positions.append(position)
+            bucket.ids.append(first_id + position)
+            bucket.steps.append(cells[position])
+            for rule_state in states:
+                bucket.columns.setdefault(f"{rule_state.name}s", []).append(state[rule_state.name])
+                if codecs is not None and codecs.state == StateCodec.BLOCK8:
+                    scales = bucket.columns.setdefault(scales_of(rule_state), [])
+                    scales.append(state[f"{rule_state.name}_scale"])
+            if codecs is not None and param_dtypes(codecs.param)[1] is not None:
+                bucket.masters.append(state["master"])
+        for bucket in buckets.values():
+            held = [*bucket.masters, *bucket.steps, *(t for column in bucket.columns.values() for t in column)]
+            bucket.storages = [t.untyped_storage() for t in held] if bucket.codecs is not None else []
+            if bucket.masters and versions:
+                bucket.versions = [versions.get(id(p), p._version) for p in bucket.params]
+        return list(buckets.values())
+
+    def _state_of(
+        self, optimizer: Gathered, param: torch.Tensor, cell: torch.Tensor, states: tuple[State, ...], *, kernel: bool
+    ) -> dict[str, Any]:
+        keeps_master = kernel and param_dtypes(self._precision.param_codec(param.dtype))[1] is not None
+        if not states and not keeps_master and not self._step_in_state:
+            return {}  # as in torch, what has no state has no entry
+        state: dict[str, Any] = optimizer.state[param]
+        if type(state) is not WatchedState:
+            state = optimizer.state[param] = WatchedState(state, self._changes)
+        missing = [s for s in states if not isinstance(state.get(s.name), torch.Tensor)]
+        if missing or (keeps_master and "master" not in state):
+            made = self._precision.new_state(param, missing, kernel=kernel)
+            state.update({name: value for name, value in made.items() if name not in state or state[name] is None})
+        if self._step_in_state:
+            state["step"] = cell
+        return state
+
+    def _codecs(
+        self, param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], states: Sequence[State]
+    ) -> Codecs | None:
+        """How the operands are stored, or None where the state that there is cannot be read by kernels."""
+        codecs = self._precision.codecs(param, grad)
+        tensors = [state[s.name] for s in states]
+        if self._precision.state is None and tensors:
+            # As it was loaded: torch casts state to the dtype of the parameter, users to what they like.
+            dtypes = {t.dtype for t in tensors}
+            plain = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+            if len(dtypes) != 1 or not dtypes <= plain.keys():
+                return None
+            codecs = Codecs(codecs.param, codecs.grad, StateCodec(plain[dtypes.pop()]))
+        if codecs.param in (ParamCodec.FLOAT32, ParamCodec.BFLOAT16, ParamCodec.FLOAT16):
+            masters = []
+        else:
+            masters = [state["master"]] if "master" in state else []
+        fits = all(t.shape == param.shape and t.stride() == param.stride() for t in (*tensors, *masters))
+        return codecs if fits else None
+
+    def _adopt_steps(self, optimizer: Gathered, group: dict[str, Any], plan: _GroupPlan) -> Sequence[torch.Tensor]:
+        """Let the step counters of a group be views of one buffer, so that one addition counts them all.
+
+        Returns:
+            The cell of every parameter of the group, holding the steps that its state has counted. Where the state
+            does not count, a parameter that has state is taken to have made a step.
+        """
+        params = group["params"]
+        devices = {p.device for p in params}
+        plan.step_buffer = torch.zeros(len(params), device=params[0].device) if len(devices) == 1 else None
+        cells: Sequence[torch.Tensor]
+        if plan.step_buffer is not None:
+            cells = plan.step_buffer.unbind()
+        else:
+            cells = [torch.zeros((), device=p.device) for p in params]
+        for cell, param in zip(cells, params, strict=True):
+            state = optimizer.state.get(param)
+            if state and self._step_in_state:
+                if "step" in state:
+                    cell.copy_(torch.as_tensor(state["step"]))
+                    state["step"] = cell
+            elif not self._step_in_state:
+                if param in self._own_steps:
+                    cell.copy_(self._own_steps[param])
+                elif state and any(isinstance(value, torch.Tensor) for value in state.values()):
+                    cell.fill_(1.0)
+                self._own_steps[param] = cell
+        return cells
+
+
+def _kernels_can_read(param: torch.Tensor, grad: torch.Tensor) -> bool:
+    return (
+        kernel_can_read(param)
+        and kernel_can_read(grad)
+        and grad.shape == param.shape
+        and grad.stride() == param.stride()
+    )
