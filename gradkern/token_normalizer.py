@@ -58,6 +58,7 @@ class TokenNormalizer:
         self._lent = False
         self._tokens: int | Tensor = 0
         self._rescaled = False
+        self._backward = -1
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -98,7 +99,8 @@ class TokenNormalizer:
 
         Raises:
             ValueError: ``tokens`` is negative or has more than one element, or ``reduction`` is unknown.
-            RuntimeError: :meth:`rescale_` has divided the gradients that this one would be added to.
+            RuntimeError: From ``backward()``, before anything is modified: :meth:`rescale_` has divided the gradients
+                that those of this loss would be added to.
         """
         if reduction not in ("sum", "mean"):
             raise ValueError(f"TokenNormalizer.loss: reduction must be 'sum' or 'mean', got {reduction!r}")
@@ -109,13 +111,6 @@ class TokenNormalizer:
             )
         if not isinstance(tokens, Tensor) and tokens < 0:
             raise ValueError(f"TokenNormalizer.loss: tokens must be at least 0, got {tokens}")
-        if all(p.grad is None for p in self._params()):
-            self.reset()  # an update begins; the last one may have been dropped without a step
-        elif self._rescaled:
-            raise RuntimeError(
-                "TokenNormalizer.loss: the gradients have been divided by rescale_() already, expected step() and "
-                "zero_grad() before the next micro-batch; call rescale_() after the last one"
-            )
         total = loss if reduction == "sum" else loss * tokens
         if total.requires_grad:
             total.register_hook(lambda _: self._count(tokens))
@@ -141,7 +136,7 @@ class TokenNormalizer:
         """Forget the tokens counted.
 
         Needed only after gradients were dropped by ``zero_grad(set_to_none=False)`` without a step; where they are
-        None, :meth:`loss` notices.
+        None, the next ``backward()`` notices.
         """
         self._tokens, self._rescaled = 0, False
 
@@ -154,6 +149,16 @@ class TokenNormalizer:
         return [param for group in self._optimizer.param_groups for param in group["params"]]
 
     def _count(self, tokens: int | Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:  # several losses may share one: only before the first is no gradient there yet
+            self._backward = backward
+            if all(p.grad is None for p in self._params()):
+                self.reset()  # an update begins; the last one may have been dropped without a step
+            elif self._rescaled:
+                raise RuntimeError(
+                    "TokenNormalizer: the gradients have been divided by rescale_() already, expected step() and "
+                    "zero_grad() before the next backward(); call rescale_() after the last micro-batch"
+                )
         self._tokens = self._tokens + tokens  # a new tensor: the user's own may change
 
     def _total(self) -> Tensor:

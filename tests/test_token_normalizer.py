@@ -240,8 +240,9 @@ def test_norms_folded_in_backward_are_not_trusted_after_unscale():
     assert same_bits(opt.grad_norm, expected)
 
 
+@pytest.mark.parametrize("zero_first", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_update_that_the_scaler_skips_is_not_counted_with_the_next(name):
+def test_an_update_that_the_scaler_skips_is_not_counted_with_the_next(name, zero_first):
     model = Exact()
     opt = OPTIMIZERS[name](model.parameters())
     normalizer = gk.TokenNormalizer(opt)
@@ -250,9 +251,12 @@ def test_an_update_that_the_scaler_skips_is_not_counted_with_the_next(name):
     scaler.step(opt)
     scaler.update()
     assert all_same_bits(model.parameters(), Exact().parameters())
+    if zero_first:
+        opt.zero_grad()
+    losses = [normalizer.loss(model.token_losses(x).sum(), len(x)) for x in micro_batches()]
     opt.zero_grad()
-    for x in micro_batches():
-        scaler.scale(normalizer.loss(model.token_losses(x).sum(), len(x))).backward()
+    for loss in losses:
+        scaler.scale(loss).backward()
     scaler.step(opt)
     assert all_same_bits(model.parameters(), stepped_on_the_large_batch(OPTIMIZERS[name]).parameters())
 
@@ -283,7 +287,8 @@ def test_clipping_by_hand_after_rescaling():
     expected = large_batch()
     assert all_same_bits(grads_of(model), grads_of(expected))
     with pytest.raises(RuntimeError, match=r"divided by rescale_\(\) already"):
-        normalizer.loss(model.token_losses(batches[0]).sum(), 1)
+        normalizer.loss(model.token_losses(batches[0]).sum(), 1).backward()
+    assert all_same_bits(grads_of(model), grads_of(expected))
     for m in (model, expected):
         gk.clip_grad_norm_(m.parameters(), 0.5)
     opt.step()
