@@ -19,6 +19,7 @@ from gradkern.errors import (
 from gradkern.ops._registry import use_backend
 from gradkern.optim import SGD, Adam, AdamW, Lion
 from gradkern.step_event import ParamStep, StepEvent
+from gradkern.token_normalizer import TokenNormalizer
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "ParamStep",
     "PlanInfeasibleError",
     "StepEvent",
+    "TokenNormalizer",
     "checkpoint",
     "clip",
     "clip_grad_norm_",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import cast
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from gradkern import functional
-from gradkern.grad_fold import GradFold, fold_list_, known_partials
+from gradkern.grad_fold import GradFold, GradMeter, distributed, fold_list_, known_partials
 from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
 from gradkern.ops._table import AddressTable
 from gradkern.ops.step_scalars import reference as scalar_layout
@@ -22,20 +25,61 @@ __all__ = ["GradAccumulator"]
 _grad, _shape, _dtype, _device = map(attrgetter, ("grad", "shape", "dtype", "device"))
 
 
+class _ReducerGuard:
+    """Refuses a backward that ends in DDP's reducer, which takes gradients only in the dtype of their parameters.
+
+    A parameter does not know the reducers it belongs to, so modules that exist when the first gradient arrives are
+    searched for, once. One that is wrapped later meets torch's own error.
+    """
+
+    def __init__(self, params: Sequence[torch.Tensor]) -> None:
+        self._params = {id(param) for param in params}
+        self._modules: list[weakref.ref[DistributedDataParallel]] | None = None
+
+    def __call__(self) -> None:
+        if not distributed():
+            return
+        if self._modules is None:
+            modules = [obj for obj in gc.get_objects() if issubclass(type(obj), DistributedDataParallel)]
+            ours = [m for m in modules if any(id(p) in self._params for p in m.parameters())]
+            self._modules = [weakref.ref(module) for module in ours]
+        for ref in self._modules:
+            module = ref()
+            # True where the last forward ran outside no_sync(): that, not where backward runs, is what decides.
+            if module is not None and module.require_forward_param_sync:
+                raise RuntimeError(
+                    "GradAccumulator: DistributedDataParallel is about to average the gradients of this backward in "
+                    "the dtype of their parameters, got bf16 or fp16 parameters, whose gradients accumulate in fp32; "
+                    "run every micro-batch under no_sync() and average them in fp32: for grad in accumulator.grads: "
+                    "torch.distributed.all_reduce(grad); grad.div_(world_size)"
+                )
+
+
 class GradAccumulator:
     """Accumulates micro-batch gradients in fp32 and keeps their norm current, with any optimizer.
 
-    While it is attached, ``backward()`` folds every gradient into an fp32 ``p.grad``: for fp32 parameters that is what
-    autograd does anyway, one pass cheaper with the norm; bf16 and fp16 parameters get an fp32 gradient
-    (``p.grad_dtype`` is set to None for them), so that many small micro-batches are not lost to rounding. The first
-    micro-batch after :meth:`zero_grad` overwrites, nothing is ever zeroed.
+    While it is attached and someone refers to it, ``backward()`` folds every gradient into an fp32 ``p.grad``: for fp32
+    parameters that is what autograd does anyway, one pass cheaper with the norm; bf16 and fp16 parameters get an fp32
+    gradient (``p.grad_dtype`` is set to None for them), so that many small micro-batches are not lost to rounding. The
+    first micro-batch after :meth:`zero_grad` overwrites, nothing is ever zeroed. A micro-batch gradient is freed as
+    soon as it is folded. A ``p.grad_dtype`` that the user has set stays; float32 shows the same gradients, at the cost
+    of autograd widening each one first.
+
+    Under ``DistributedDataParallel`` fp32 parameters work as ever: micro-batches under ``no_sync()``, the last one
+    without. Its reducer takes gradients only in the dtype of their parameters, so with bf16 or fp16 ones a backward
+    that would synchronise raises before it modifies anything: run all micro-batches under ``no_sync()`` and average in
+    fp32, ``for grad in accumulator.grads: torch.distributed.all_reduce(grad); grad.div_(world_size)``.
 
     Args:
-        params: Parameters; those with ``requires_grad=False`` are passed over.
+        params: Parameters, of the dtype and on the device where they stay; those with ``requires_grad=False`` are
+            passed over.
+        measure: Count the bytes of gradients for :attr:`peak_grad_bytes`; some microseconds a parameter and backward.
 
     Raises:
-        ValueError: No parameter requires grad, one is of a dtype other than fp32, bf16 and fp16, or another
-            accumulator or gradkern optimizer already folds one; nothing is hooked then.
+        ValueError: No parameter requires grad, one is of a dtype other than fp32, bf16 and fp16, one has another
+            ``grad_dtype`` than None, float32 and its own, or another accumulator or gradkern optimizer already folds
+            one; nothing is hooked then.
+        RuntimeError: From methods, once parameters have changed dtype or device.
 
     Example:
         >>> import torch, gradkern as gk
@@ -50,7 +94,7 @@ class GradAccumulator:
         >>> accumulator.zero_grad()
     """
 
-    def __init__(self, params: Iterable[torch.Tensor]) -> None:
+    def __init__(self, params: Iterable[torch.Tensor], *, measure: bool = False) -> None:
         self._params = [p for p in params if p.requires_grad]
         if not self._params:
             raise ValueError(
@@ -62,22 +106,49 @@ class GradAccumulator:
                     f"GradAccumulator: params[{i}] has dtype {param.dtype}, expected one of "
                     f"{', '.join(map(str, DTYPE_CODES))}; leave it to autograd"
                 )
+            if param.grad_dtype not in (None, torch.float32, param.dtype):
+                raise ValueError(
+                    f"GradAccumulator: params[{i}] has grad_dtype {param.grad_dtype}, expected None, torch.float32 or "
+                    f"{param.dtype}; set param.grad_dtype, or leave it to autograd"
+                )
             if not kernel_can_read(param) or param.device != self._params[0].device:
                 raise ValueError(
                     f"GradAccumulator: params[{i}] is a {type(param).__name__} on {param.device}, stride "
                     f"{param.stride()}, expected plain dense parameters on {self._params[0].device}; use one "
                     "accumulator per device and leave the rest to autograd"
                 )
-        self._fold = GradFold(self._params, "GradAccumulator")
-        self._low_precision = [p for p in self._params if p.dtype != torch.float32]
-        for param in self._low_precision:
+        narrow = any(p.dtype != torch.float32 for p in self._params)
+        self._meter = GradMeter() if measure else None
+        guard = _ReducerGuard(self._params) if narrow else None
+        self._fold = GradFold(self._params, "GradAccumulator", meter=self._meter, guard=guard)
+        self._widened = [p for p in self._params if p.dtype != torch.float32 and p.grad_dtype == p.dtype]
+        for param in self._widened:
             param.grad_dtype = None
+        self._dtypes, self._device = list(map(_dtype, self._params)), self._params[0].device
         self._fold_caches: dict[tuple[torch.dtype, bool], AddressTable] = {}
 
     @property
     def grads(self) -> list[torch.Tensor]:
         """The accumulated gradients, fp32, of the parameters that have one."""
         return [p.grad for p in self._params if p.grad is not None]
+
+    @property
+    def peak_grad_bytes(self) -> int:
+        """The most bytes of gradients that were there at once, since the accumulator was made.
+
+        Accumulated gradients, the buffers kept for them after :meth:`zero_grad`, and micro-batch gradients while they
+        live, counted whenever one arrives; one that autograd has computed but not delivered yet is not seen.
+
+        Raises:
+            RuntimeError: The accumulator was made without ``measure=True``.
+        """
+        if self._meter is None:
+            raise RuntimeError(
+                "GradAccumulator.peak_grad_bytes: nothing was measured, expected an accumulator made with "
+                "GradAccumulator(params, measure=True)"
+            )
+        self._meter.recount()
+        return self._meter.peak_bytes
 
     def accumulate_(self, grads: Sequence[torch.Tensor | None]) -> None:
         """Fold gradients obtained elsewhere (``torch.autograd.grad``, another process), in one launch per dtype.
@@ -114,13 +185,16 @@ class GradAccumulator:
     def norm(self) -> torch.Tensor:
         """L2 norm of the accumulated gradients, 0-dim fp32; free where they were folded. Does not synchronise.
 
-        Edits that bump no version (``GradScaler.unscale_``, collectives, ``.data``, numpy) are not noticed here;
-        :meth:`clip_grad_norm_` and ``gradkern.get_total_norm`` read the gradients themselves.
+        Edits that bump no version (``GradScaler.unscale_``, ``.data``, numpy) are not noticed here;
+        :meth:`clip_grad_norm_` and ``gradkern.get_total_norm`` read the gradients themselves. So does this where
+        ``torch.distributed`` is initialised, because collectives bump none either.
         """
-        listed = known_partials(self.grads)
+        self._check_unmoved()
+        trusted = not distributed()
+        listed = known_partials(self.grads) if trusted else None
         scalars = functional.new_scalars(self._params[0].device)
         if listed is None:
-            scalars = self._scalars(math.inf, self._known())
+            scalars = self._scalars(math.inf, self._known() if trusted else [])
         else:
             functional.step_scalars_(scalars, [], [listed])
         return scalars[scalar_layout.NORM].float()
@@ -134,6 +208,7 @@ class GradAccumulator:
         Returns:
             The norm before clipping, 0-dim fp32.
         """
+        self._check_unmoved()
         scalars = self._scalars(float(max_norm), [])
         multiplier = scalars[scalar_layout.GRAD_MULTIPLIER].float()
         for grad in self.grads:
@@ -141,23 +216,39 @@ class GradAccumulator:
         return scalars[scalar_layout.NORM].float()
 
     def cast_grads_(self) -> None:
-        """Show the gradients of bf16 and fp16 parameters in their own dtype, for optimizers that insist on it."""
-        for param in self._low_precision:
-            if param.grad is not None:
+        """Show the gradients of bf16 and fp16 parameters in their own dtype, for optimizers that insist on it.
+
+        Where the user has set ``p.grad_dtype``, it stays.
+        """
+        for param in self._params:
+            if param.grad is not None and param.grad_dtype is None:
                 param.grad = param.grad.to(param.dtype)
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients without touching memory: the next micro-batch overwrites."""
+        self._check_unmoved()
         for param in self._params:
             param.grad = None
 
     def detach(self) -> None:
         """Remove every hook and give autograd the gradients of all parameters back."""
         self._fold.detach()
-        for param in self._low_precision:
+        for param in self._widened:
             if param.grad is not None:
                 param.grad = param.grad.to(param.dtype)
             param.grad_dtype = param.dtype
+        self._widened = []
+
+    def _check_unmoved(self) -> None:
+        """A parameter of another dtype or device has another autograd node, without our hook."""
+        device = self._params[0].device
+        if list(map(_dtype, self._params)) == self._dtypes and self._device == device:
+            return
+        raise RuntimeError(
+            "GradAccumulator: parameters have changed dtype or device since it was made, so that backward no longer "
+            f"folds their gradients, got {self._params[0].dtype} on {device}, expected {self._dtypes[0]} on "
+            f"{self._device}; convert the model first, then make the accumulator"
+        )
 
     def _check_pairs(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         params, grads = [p for p, _ in pairs], [g for _, g in pairs]

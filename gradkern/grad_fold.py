@@ -29,7 +29,7 @@ from gradkern import functional
 from gradkern.ops._chunks import DTYPE_CODES, is_dense
 from gradkern.ops._table import AddressTable
 
-__all__ = ["FOLD_MIN_NUMEL", "GradFold", "fold_list_", "known_partials"]
+__all__ = ["FOLD_MIN_NUMEL", "GradFold", "GradMeter", "distributed", "fold_list_", "known_partials"]
 
 FOLD_MIN_NUMEL = 1 << 18
 """Smallest fp32 parameter whose fold by a Python hook pays: below it, one batched norm at ``step()`` is cheaper."""
@@ -79,6 +79,64 @@ def known_partials(grads: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return None if folded is None else folded.partials(grads)
 
 
+def distributed() -> bool:
+    """Whether collectives may write gradients: they bump no version, so that no partials can be trusted."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class GradMeter:
+    """Bytes of gradients, counted whenever one arrives in backward.
+
+    That is: the gradients shown, the buffers kept for them, and the fresh gradients for as long as they live.
+
+    Attributes:
+        peak_bytes: The most that was there at once.
+    """
+
+    __slots__ = ("_entries", "_fresh", "_fresh_bytes", "_held_bytes", "peak_bytes")
+
+    def __init__(self) -> None:
+        self._entries: weakref.WeakSet[_Entry] = weakref.WeakSet()
+        self._fresh: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._fresh_bytes = 0
+        self._held_bytes = 0
+        self.peak_bytes = 0
+
+    def add(self, entry: _Entry) -> None:
+        """Count what an entry holds."""
+        self._entries.add(entry)
+
+    def recount(self) -> None:
+        """Look at every gradient again."""
+        self._held_bytes = sum(entry.count_held() for entry in self._entries)
+        self._note_peak()
+
+    def arrived(self, entry: _Entry, grad: torch.Tensor) -> None:
+        """Count a fresh gradient before anything is done with it."""
+        before, now = entry.held_bytes, entry.count_held()
+        self._held_bytes += now - before
+        if now < before:
+            self.recount()  # zero_grad() tells nobody: one gradient is gone, so are the others, all seen at once
+        ref = weakref.ref(grad, self._gone)
+        self._fresh[id(ref)] = (ref, grad.nbytes)
+        self._fresh_bytes += grad.nbytes
+        self._note_peak()
+
+    def settled(self, entry: _Entry, *, taken: int) -> None:
+        """Count what has become of it; ``taken``: bytes that autograd is about to take as they are."""
+        before, now = entry.held_bytes, entry.count_held()
+        self._held_bytes += now - before
+        self._note_peak()
+        self._held_bytes += taken
+        entry.held_bytes += taken
+
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self._held_bytes + self._fresh_bytes)
+
+    def _gone(self, ref: weakref.ref[torch.Tensor]) -> None:
+        self._fresh_bytes -= self._fresh.pop(id(ref))[1]
+
+
 class _Entry:
     """One parameter: its hook, and the partials of the gradient that the hook last left behind."""
 
@@ -86,15 +144,18 @@ class _Entry:
         "__weakref__",
         "_cache",
         "_grad",
+        "_guard",
         "_handle",
         "_main_grad",
+        "_meter",
         "_node",
         "_param",
         "_partials",
         "_version",
+        "held_bytes",
     )
 
-    def __init__(self, param: torch.Tensor) -> None:
+    def __init__(self, param: torch.Tensor, meter: GradMeter | None, guard: Callable[[], None] | None) -> None:
         self._param = weakref.ref(param)
         self._node = get_gradient_edge(param).node
         self._handle: RemovableHandle = self._node.register_prehook(_hook(weakref.ref(self)))
@@ -103,23 +164,52 @@ class _Entry:
         self._grad: weakref.ref[torch.Tensor] | None = None
         self._version = -1
         self._main_grad: torch.Tensor | None = None
+        self._guard = guard
+        self._meter = meter
+        self.held_bytes = 0
+        if meter is not None:
+            meter.add(self)
 
-    def fold(self, grad: torch.Tensor | None) -> tuple[None] | None:
+    def arrive(self, grad: torch.Tensor | None) -> tuple[None] | None:
+        """What the hook does with a fresh gradient; ``(None,)`` keeps it from autograd."""
         param = self._param()
-        if param is None or grad is None or torch.is_grad_enabled() or grad.dtype not in DTYPE_CODES:
+        if param is None or grad is None:
+            return None
+        if self._guard is not None:
+            self._guard()
+        if self._meter is None:
+            return self._fold(param, grad)
+        self._meter.arrived(self, grad)
+        outcome = self._fold(param, grad)
+        self._meter.settled(self, taken=grad.nbytes if outcome is None and param.grad is None else 0)
+        return outcome
+
+    def count_held(self) -> int:
+        """Bytes of the gradient shown and of the buffer kept for it; remembered in ``held_bytes``."""
+        param = self._param()
+        shown = None if param is None else param.grad
+        self.held_bytes = 0 if shown is None else shown.nbytes
+        if self._main_grad is not None and self._main_grad is not shown:
+            self.held_bytes += self._main_grad.nbytes
+        return self.held_bytes
+
+    def _fold(self, param: torch.Tensor, grad: torch.Tensor) -> tuple[None] | None:
+        if torch.is_grad_enabled() or grad.dtype not in DTYPE_CODES:
             return None
         shown = param.grad
         overwrite = shown is None
         if shown is None:
-            if param.dtype == torch.float32:
-                return None
+            if grad.dtype == torch.float32:
+                return None  # autograd takes it without a copy
             target = self.fresh_main_grad(param)
+        elif shown.dtype != torch.float32 and param.grad_dtype is None and not shown.requires_grad:
+            target = shown.float()  # as cast_grads_() left it
         else:
             target = shown
         if target.dtype != torch.float32 or not _same_layout(target, grad):
             return None
         functional.accumulate_([target], [grad], self._partials, overwrite=overwrite, cache=self._cache)
-        if overwrite:
+        if target is not shown:
             param.grad = target
         self._grad = weakref.ref(target)
         self._version = target._version
@@ -171,7 +261,7 @@ def _hook(entry_ref: weakref.ref[_Entry]) -> Callable[[tuple[torch.Tensor, ...]]
     # The node owns its hooks and the entry owns the node: a strong reference here would be a cycle through C++.
     def fold(grads: tuple[torch.Tensor, ...]) -> tuple[None] | None:
         entry = entry_ref()
-        return None if entry is None else entry.fold(grads[0])
+        return None if entry is None else entry.arrive(grads[0])
 
     return fold
 
@@ -195,13 +285,25 @@ class GradFold:
         owner: Name of the object that folds, for the message when two want the same parameter.
         share: Leave parameters that another fold owns to it, instead of raising: ``p.grad`` is the same either way,
             only the norm then costs a pass. (``opt = AdamW(...)`` again in a notebook cell meets the old optimizer.)
+        meter: Counts the bytes of the gradients.
+        guard: Called before a gradient is folded; what it raises ends that backward.
 
     Raises:
         ValueError: Another fold owns one of the parameters; nothing is hooked then.
     """
 
-    def __init__(self, params: Iterable[torch.Tensor], owner: str, *, share: bool = False) -> None:
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor],
+        owner: str,
+        *,
+        share: bool = False,
+        meter: GradMeter | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
         self._entries: dict[int, _Entry] = {}
+        self._meter = meter
+        self._guard = guard
         self._owner = owner
         self._share = share
         self.add(params)
@@ -225,7 +327,7 @@ class GradFold:
         for param in wanted:
             if _owner_of(param) is not None:
                 continue
-            self._entries[id(param)] = _Entry(param)
+            self._entries[id(param)] = _Entry(param, self._meter, self._guard)
             _OWNERS[param] = weakref.ref(self)
 
     @property

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from two_processes import in_two_processes
 
 import gradkern as gk
 from gradkern.grad_fold import known_partials
@@ -119,6 +127,10 @@ def test_bad_parameters():
         gk.GradAccumulator([])
     with pytest.raises(ValueError, match=r"params\[1\] has dtype torch\.float64"):
         gk.GradAccumulator([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))])
+    narrow = nn.Parameter(torch.ones(2))
+    narrow.grad_dtype = torch.bfloat16
+    with pytest.raises(ValueError, match=r"params\[0\] has grad_dtype torch\.bfloat16, expected None"):
+        gk.GradAccumulator([narrow])
 
 
 def test_norm_of_a_folded_list_reaches_the_optimizer_and_edits_are_seen():
@@ -179,3 +191,391 @@ def test_a_bad_gradient_is_refused_before_any_is_folded():
     with pytest.raises(ValueError, match=r"gradient 1 is torch\.float32 of shape \(3,\)"):
         accumulator.accumulate_([good[0], torch.ones(3), *good[2:]])
     assert all(p.grad is None for p in params)
+
+
+# --- what the user has set, and what is freed -----------------------------------------------------------------------
+
+
+def fp32_sums(model, seeds):
+    """The gradients of some micro-batches, added in fp32."""
+    params = list(model.parameters())
+    sums = [torch.zeros(p.shape) for p in params]
+    for seed in seeds:
+        sums = [s + g.float() for s, g in zip(sums, torch.autograd.grad(loss_of(model, seed), params), strict=True)]
+    return sums
+
+
+def shows(model, expected):
+    return all(same_bits(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_grad_dtype_set_by_the_user_is_respected(dtype):
+    model = tiny(dtype)
+    for param in model.parameters():
+        param.grad_dtype = torch.float32
+    accumulator = gk.GradAccumulator(model.parameters())
+    expected = fp32_sums(model, range(4))
+    for seed in range(4):
+        loss_of(model, seed).backward()
+    assert shows(model, expected)
+    accumulator.cast_grads_()
+    assert shows(model, expected), "float32 is what the user asked for"
+    accumulator.detach()
+    assert shows(model, expected)
+    assert all(p.grad_dtype == torch.float32 for p in model.parameters())
+    loss_of(model, 4).backward()
+    assert shows(model, fp32_sums(model, range(5)))
+
+
+def test_detach_restores_every_grad_dtype_and_hook():
+    model, plain = tiny(torch.bfloat16), tiny(torch.bfloat16)
+    model[0].bias.grad_dtype = None
+    gk.GradAccumulator(model.parameters()).detach()
+    assert model[0].bias.grad_dtype is None
+    assert all(p.grad_dtype == torch.bfloat16 for p in model.parameters() if p is not model[0].bias)
+    for m in (model, plain):
+        for seed in range(3):
+            loss_of(m, seed).backward()
+    assert shows(model, [p.grad for p in plain.parameters()])
+
+
+def test_backward_goes_on_in_fp32_after_cast_grads():
+    model = tiny(torch.bfloat16)
+    accumulator = gk.GradAccumulator(model.parameters())
+    loss_of(model, 0).backward()
+    accumulator.cast_grads_()
+    held = model[0].weight.grad
+    copy = held.clone()
+    loss_of(model, 1).backward()
+    (more,) = torch.autograd.grad(loss_of(model, 1), [model[0].weight])
+    assert same_bits(model[0].weight.grad, copy.float() + more.float())
+    assert same_bits(held, copy)
+
+
+def deep(dtype, layers=8, width=256):
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).to(dtype)
+
+
+def deep_loss(model):
+    return model(torch.ones(2, 256, dtype=model[0].weight.dtype)).float().square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_micro_batch_gradient_does_not_outlive_its_fold(dtype):
+    model = deep(dtype)
+    fresh = []
+    alive = []
+
+    def watch(grads):
+        alive.append(sum(ref() is not None for ref in fresh))
+        fresh.append(weakref.ref(grads[0]))
+
+    nodes = [get_gradient_edge(p).node for p in model.parameters()]
+    for node in nodes:
+        node.register_prehook(watch)
+    accumulator = gk.GradAccumulator(model.parameters())
+    for _ in range(3):
+        deep_loss(model).backward()
+    assert alive == [0] * (3 * len(nodes))
+    assert len(accumulator.grads) == len(nodes)
+
+
+def test_peak_of_backward_holds_one_low_precision_gradient_at_a_time():
+    transients = []
+    for layers in (4, 16):
+        model = deep(torch.bfloat16, layers)
+        one = model[0].weight.nbytes
+        accumulator = gk.GradAccumulator(model.parameters(), measure=True)
+        deep_loss(model).backward()
+        measured = gk.checkpoint.measure_peak(lambda model=model: deep_loss(model).backward(), model=model)
+        transients.append(measured.peak_bytes - measured.start_bytes)
+        assert accumulator.peak_grad_bytes == layers * 2 * one + one
+    assert abs(transients[1] - transients[0]) < one / 4, "a deeper model needs no more; activations here are tiny"
+
+
+def test_peak_grad_bytes_counts_what_is_there():
+    model = deep(torch.float32)
+    one = model[0].weight.nbytes
+    accumulator = gk.GradAccumulator(model.parameters(), measure=True)
+    assert accumulator.peak_grad_bytes == 0
+    deep_loss(model).backward()
+    assert accumulator.peak_grad_bytes == 8 * one, "autograd's own tensors, taken without a copy"
+    deep_loss(model).backward()
+    assert accumulator.peak_grad_bytes == 9 * one
+    for _ in range(2):
+        accumulator.zero_grad()
+        deep_loss(model).backward()
+        deep_loss(model).backward()
+    assert accumulator.peak_grad_bytes == 9 * one
+
+    other = deep(torch.float32)
+    greedy = []
+    node = get_gradient_edge(other[7].weight).node
+    node.register_prehook(lambda grads: greedy.append(grads[0]))
+    accumulator = gk.GradAccumulator(other.parameters(), measure=True)
+    deep_loss(other).backward()
+    deep_loss(other).backward()
+    assert accumulator.peak_grad_bytes == 11 * one, "two that someone keeps, and the one just folded"
+
+
+def test_buffers_kept_after_zero_grad_are_counted():
+    model = deep(torch.bfloat16, layers=1)
+    accumulator = gk.GradAccumulator(model.parameters(), measure=True)
+    deep_loss(model).backward()
+    held = model[0].weight.grad
+    accumulator.zero_grad()
+    deep_loss(model).backward()
+    assert held is not model[0].weight.grad
+    assert accumulator.peak_grad_bytes == (4 + 2) * 256 * 256, "what the user keeps is the user's"
+
+
+def test_a_peak_that_was_not_measured_is_not_made_up():
+    with pytest.raises(RuntimeError, match="measure=True"):
+        _ = gk.GradAccumulator(tiny().parameters()).peak_grad_bytes
+
+
+# --- corners --------------------------------------------------------------------------------------------------------
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def accumulated(dtype):
+    """A model with two micro-batches behind it, its accumulator, and what it shows."""
+    model = tiny(dtype)
+    accumulator = gk.GradAccumulator(model.parameters())
+    for seed in range(2):
+        loss_of(model, seed).backward()
+    return model, accumulator, fp32_sums(model, range(2))
+
+
+@DTYPES
+def test_autograd_grad_leaves_gradients_alone(dtype):
+    model, accumulator, expected = accumulated(dtype)
+    norm = accumulator.norm()
+    torch.autograd.grad(loss_of(model, 5), list(model.parameters()))
+    assert shows(model, expected)
+    assert same_bits(accumulator.norm(), norm)
+
+
+@DTYPES
+def test_backward_of_some_parameters_only(dtype):
+    model, _, expected = accumulated(dtype)
+    loss_of(model, 2).backward(inputs=[model[0].weight])
+    assert shows(model, [fp32_sums(model, range(3))[0], *expected[1:]])
+
+
+class Fail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ArithmeticError("midway")
+
+
+@DTYPES
+def test_backward_that_raises_midway_changes_only_what_it_has_reached(dtype):
+    model, accumulator, expected = accumulated(dtype)
+    seen = [p.grad for p in model.parameters()]
+    hidden = model[1](model[0](torch.ones(8, 40, dtype=dtype)))
+    with pytest.raises(ArithmeticError, match="midway"):
+        model[2](Fail.apply(hidden)).float().square().mean().backward()
+    assert all(p.grad is g for p, g in zip(model.parameters(), seen, strict=True))
+    assert all(same_bits(p.grad, e) for p, e in zip(model[0].parameters(), expected[:2], strict=True))
+    assert same_bits(accumulator.norm(), gk.get_total_norm(accumulator.grads))
+    before = [p.grad.clone() for p in model.parameters()]
+    more = torch.autograd.grad(loss_of(model, 3), list(model.parameters()))
+    loss_of(model, 3).backward()
+    assert shows(model, [b + g.float() for b, g in zip(before, more, strict=True)])
+
+
+@pytest.mark.filterwarnings(r"ignore:Using backward\(\) with create_graph=True")
+@DTYPES
+def test_a_gradient_with_a_graph_takes_torchs_path(dtype):
+    model, accumulator, expected = accumulated(dtype)
+    loss_of(model, 2).backward(create_graph=True)
+    expected = fp32_sums(model, range(3))
+    assert all(p.grad.requires_grad for p in model.parameters())
+    assert shows(model, expected)
+    assert same_bits(accumulator.norm(), gk.get_total_norm([p.grad.detach() for p in model.parameters()]))
+    (second,) = torch.autograd.grad(model[0].weight.grad.square().sum(), [model[0].weight])
+    assert second.abs().sum() > 0
+    accumulator.zero_grad()
+    loss_of(model, 0).backward()
+    assert shows(model, fp32_sums(model, [0]))
+
+
+@DTYPES
+@pytest.mark.parametrize("how", ["mul_", "replace", "fresh view"])
+def test_edits_are_noticed(dtype, how):
+    model, accumulator, _ = accumulated(dtype)
+    weight = model[0].weight
+    if how == "mul_":
+        weight.grad.mul_(3.0)
+    elif how == "replace":
+        weight.grad = torch.ones_like(weight.grad)
+    else:
+        weight.grad.view(-1)[:7] = 5.0
+    assert same_bits(accumulator.norm(), gk.get_total_norm(accumulator.grads))
+
+
+def test_parameters_converted_afterwards_are_refused_instead_of_losing_their_fold():
+    model = tiny()
+    accumulator = gk.GradAccumulator(model.parameters())
+    model.bfloat16()
+    loss_of(model, 0).backward()
+    for use in (accumulator.norm, lambda: accumulator.clip_grad_norm_(1.0), accumulator.zero_grad):
+        with pytest.raises(RuntimeError, match=r"got torch\.bfloat16 on cpu, expected torch\.float32"):
+            use()
+
+
+@DTYPES
+def test_tied_and_recomputed_layers(dtype):
+    layer = nn.Linear(40, 40).to(dtype)
+    accumulator = gk.GradAccumulator(layer.parameters())
+    plain = nn.Linear(40, 40).to(dtype)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = [torch.zeros(p.shape) for p in plain.parameters()]
+    for _ in range(3):
+        checkpoint(lambda y: layer(layer(y)), x, use_reentrant=False).float().sum().backward()
+        grads = torch.autograd.grad(plain(plain(x)).float().sum(), list(plain.parameters()))
+        expected = [e + g.float() for e, g in zip(expected, grads, strict=True)]
+    assert shows(layer, expected)
+    assert same_bits(accumulator.norm(), gk.get_total_norm(accumulator.grads))
+
+
+@DTYPES
+def test_what_is_dropped_is_freed(dtype):
+    model, accumulator, _ = accumulated(dtype)
+    refs = [weakref.ref(accumulator), weakref.ref(accumulator._fold)]
+    del accumulator
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+    gk.GradAccumulator(model.parameters())
+    ref = weakref.ref(model[0].weight)
+    del model
+    gc.collect()
+    assert ref() is None
+
+
+# --- under DistributedDataParallel ----------------------------------------------------------------------------------
+
+
+def whole_numbers(*shape, seed):
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+class Exact(nn.Module):
+    """All sums are of small whole numbers, exact in any order; one weight is large enough for an optimizer's fold."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.inner = nn.Linear(8, 512)
+        self.outer = nn.Linear(512, 512)
+        for i, param in enumerate(self.parameters()):
+            param.data.copy_(whole_numbers(*param.shape, seed=i))
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.outer(self.inner(x)).float()
+
+
+def micro_batch(rank, k):
+    return whole_numbers(2, 8, seed=10 * rank + k)
+
+
+def exact_loss(output):
+    return (output * whole_numbers(512, seed=99)).sum() / 2  # the mean of two processes halves once more
+
+
+def ddp_backward(ddp, rank, micro_batches=3, sync=True):
+    dtype = next(ddp.parameters()).dtype
+    for k in range(micro_batches):
+        with torch.enable_grad() if sync and k == micro_batches - 1 else ddp.no_sync():
+            exact_loss(ddp(micro_batch(rank, k).to(dtype))).backward()
+
+
+def fp32_under_ddp(rank):
+    results = {}
+    for view in (False, True):
+        for comm_hook in (False, True):
+            for first in ("accumulator", "ddp"):
+                model = Exact()
+                accumulator = gk.GradAccumulator(model.parameters()) if first == "accumulator" else None
+                ddp = DistributedDataParallel(model, gradient_as_bucket_view=view)
+                if comm_hook:
+                    ddp.register_comm_hook(None, allreduce_hook)
+                accumulator = accumulator or gk.GradAccumulator(ddp.parameters())
+                for clear in (True, False, True):
+                    ddp_backward(ddp, rank)
+                    results[view, comm_hook, first, clear] = [p.grad.clone() for p in model.parameters()]
+                    assert same_bits(accumulator.norm(), gk.get_total_norm(accumulator.grads))
+                    # Set to zero in place, a gradient stays a view of DDP's bucket, which a collective then writes.
+                    ddp.zero_grad(set_to_none=clear)
+        model = Exact()
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=view)
+        opt = gk.AdamW(ddp.parameters(), max_norm=1.0)
+        for clear in (False, True):
+            ddp_backward(ddp, rank)
+            expected = gk.get_total_norm([p.grad for p in model.parameters()])
+            opt.step()
+            assert same_bits(opt.grad_norm, expected)
+            ddp.zero_grad(set_to_none=clear)
+    return list(results.values())
+
+
+def bf16_under_ddp(rank):
+    model = Exact(torch.bfloat16)
+    ddp = DistributedDataParallel(model)
+    accumulator = gk.GradAccumulator(ddp.parameters())
+    ddp_backward(ddp, rank, micro_batches=2, sync=False)
+    before = [p.grad.clone() for p in model.parameters()]
+    message = ""
+    try:
+        exact_loss(ddp(micro_batch(rank, 2).bfloat16())).backward()
+    except RuntimeError as error:
+        message = str(error)
+    untouched = all(same_bits(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
+
+    model = Exact(torch.bfloat16)
+    ddp = DistributedDataParallel(model)
+    accumulator = gk.GradAccumulator(ddp.parameters())
+    with ddp.no_sync():
+        outputs = [ddp(micro_batch(rank, k).bfloat16()) for k in range(3)]
+    for output in outputs:
+        exact_loss(output).backward()  # where forward ran decides, not where backward runs
+    for grad in accumulator.grads:
+        torch.distributed.all_reduce(grad)  # bumps no version
+    assert same_bits(accumulator.norm(), gk.get_total_norm(accumulator.grads))
+    for grad in accumulator.grads:
+        grad.div_(2)
+    return message, untouched, [p.grad for p in model.parameters()]
+
+
+ALL_MICRO_BATCHES = [micro_batch(rank, k) for rank in range(2) for k in range(3)]
+
+
+def test_fp32_under_ddp_equals_one_large_batch(tmp_path):
+    model = Exact()
+    exact_loss(model(torch.cat(ALL_MICRO_BATCHES))).div(2).backward()
+    expected = [p.grad for p in model.parameters()]
+    for runs in in_two_processes(fp32_under_ddp, tmp_path):
+        assert runs
+        for grads in runs:
+            assert all(same_bits(g, e) for g, e in zip(grads, expected, strict=True))
+
+
+def test_bf16_under_ddp_refuses_its_reducer_and_averages_in_fp32(tmp_path):
+    model = Exact(torch.bfloat16)
+    params = list(model.parameters())
+    each = [torch.autograd.grad(exact_loss(model(x.bfloat16())), params) for x in ALL_MICRO_BATCHES]
+    expected = [torch.stack([grad.float() for grad in grads]).sum(0) / 2 for grads in zip(*each, strict=True)]
+    for message, untouched, grads in in_two_processes(bf16_under_ddp, tmp_path):
+        assert "run every micro-batch under no_sync()" in message
+        assert untouched
+        assert all(g.dtype == torch.float32 for g in grads)
+        assert all(same_bits(g, e) for g, e in zip(grads, expected, strict=True))

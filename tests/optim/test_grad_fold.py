@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gradkern as gk
 from gradkern.testing import same_bits
@@ -64,7 +65,7 @@ def test_first_micro_batch_is_taken_not_copied():
     assert weight.grad.data_ptr() == seen["ptr"]
 
 
-@pytest.mark.parametrize("how", ["mul_", "copy_", "replace", "clip"])
+@pytest.mark.parametrize("how", ["mul_", "copy_", "view", "replace", "clip"])
 def test_edited_gradients_are_normed_again(how):
     ours, _ = pair()
     for k in range(2):
@@ -74,6 +75,8 @@ def test_edited_gradients_are_normed_again(how):
         grad.mul_(3.0)
     elif how == "copy_":
         grad.copy_(torch.ones_like(grad))
+    elif how == "view":
+        grad.view(-1)[:10] = 3.0
     elif how == "replace":
         ours[3].weight.grad = torch.ones_like(grad)
     else:
@@ -90,6 +93,26 @@ def test_autograd_grad_leaves_gradients_alone():
             loss_of(model, k).backward()
     torch.autograd.grad(loss_of(ours, 5), list(ours.parameters()))
     assert same_grads(ours, theirs)
+
+
+def test_backward_of_some_parameters_only():
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        for k in range(2):
+            loss_of(model, k).backward()
+        loss_of(model, 2).backward(inputs=[model[3].weight, model[0].bias])
+    assert same_grads(ours, theirs)
+
+
+def test_a_layer_used_twice_and_recomputed():
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        for k in range(3):
+            hidden = model[:3](micro_batch(k))
+            twice = checkpoint(lambda y, layer=model[3]: layer(layer(y)), hidden, use_reentrant=False)
+            twice.square().mean().backward()
+    assert same_grads(ours, theirs)
+    assert folded(ours)
 
 
 class Fail(torch.autograd.Function):
@@ -182,6 +205,17 @@ def test_an_optimizer_made_again_over_the_same_parameters_works():
     ours.opt.step()
     assert same_bits(ours.opt.grad_norm, expected)
     assert not old.state
+
+
+def test_detach_leaves_torchs_gradients():
+    ours, theirs = pair()
+    for k in range(4):
+        for model in (ours, theirs):
+            loss_of(model, k).backward()
+        if k == 1:
+            ours.opt.detach()
+    assert same_grads(ours, theirs)
+    assert not folded(ours)
 
 
 def test_detached_optimizer_still_clips():

@@ -1,0 +1,27 @@
+"""Runs a test's function in two processes joined by gloo and hands back what each returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORLD = 2
+
+
+def _worker(rank: int, folder: Path, fn: Callable[[int], Any]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD
+    )
+    torch.save(fn(rank), folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def in_two_processes(fn: Callable[[int], Any], folder: Path) -> list[Any]:
+    """Call ``fn(rank)`` in each; what it returns must be something ``torch.save`` takes."""
+    torch.multiprocessing.spawn(_worker, (folder, fn), nprocs=WORLD)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
