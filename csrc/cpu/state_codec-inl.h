@@ -8,65 +8,59 @@ template <bool kSigned>
 struct Block8 {
   static constexpr int kMantissaBits = kSigned ? 3 : 4;
   static constexpr int kShift = 23 - kMantissaBits;
-  static constexpr uint32_t kLargest = kSigned ? 127u : 255u;
 
-  // Code 0 stands for zero, code k for the bits (k + base) << kShift.
-  static GRADKERN_INLINE U32 base(uint8_t exponent) {
+  // Code k stands for the bits (k + base) << kShift. With a sign codes are negated, and code 0 is zero.
+  static GRADKERN_INLINE U32 base(uint32_t exponent) {
     return U32::all((exponent < 15u ? 0u : exponent - 15u) << kMantissaBits);
   }
 
-  static GRADKERN_INLINE F32 decode(U32 code, U32 base) {
+  static GRADKERN_INLINE F32 load(const uint8_t* codes, U32 base) {
     if (kSigned) {
-      const U32 magnitude = code & U32::all(0x7Fu);
-      const U32 bits = (magnitude + base).template shl<kShift>().where_nonzero(magnitude);
-      return (bits | (code & U32::all(0x80u)).template shl<24>()).as_float();
+      const U32 code = U32::load_s8(codes);
+      const U32 magnitude = code.magnitude();
+      const U32 bits = (magnitude + base).template shl<kShift>().signed_as(magnitude);
+      return (bits | (code & U32::all(0x80000000u))).as_float();
     }
-    return (code + base).template shl<kShift>().where_nonzero(code).as_float();
+    return (U32::load_u8(codes) + base).template shl<kShift>().as_float();
   }
 
-  // `random` holds 16 bits in every lane.
-  static GRADKERN_INLINE U32 encode(F32 x, U32 base, U32 random) {
-    const U32 bits = U32::of(x).unless_nan(x, U32::all(0x7FC00000u));
-    const U32 magnitude = bits & U32::all(0x7FFFFFFFu);
-    const U32 rounded = (magnitude + random.template shl<kShift - 16>()).template shr<kShift>() - base;
-    const U32 code = U32::minimum(rounded, U32::all(kLargest));
-    if (kSigned) {
-      return U32::maximum(code, U32::all(0)) | (bits.template shr<24>() & U32::all(0x80u));
+  // A code yet to be cut to 8 bits; the highest of the stirred bits decide how it is rounded. A block with a number
+  // that is not finite has exponent 255; then kFinite must be false.
+  template <bool kFinite>
+  static GRADKERN_INLINE U32 encode(F32 x, U32 base, U32 stirred) {
+    U32 bits = U32::of(x);
+    if (!kFinite) {
+      bits = bits.unless_nan(x, U32::all(0x7FC00000u));
     }
-    // What is not zero never becomes zero: the step divides by it.
-    return U32::maximum(code, U32::all(1u).where_nonzero(magnitude));
+    const U32 random = stirred.template shr<32 - kShift>();
+    if (kSigned) {
+      const U32 magnitude = bits & U32::all(0x7FFFFFFFu);
+      const U32 code = (magnitude + random).template shr<kShift>() - base;
+      return U32::maximum(code, U32::all(0)).signed_as(bits);
+    }
+    return (bits + random).template shr<kShift>() - base;
   }
 };
 
-template <bool kSigned>
-inline void decode_block8(const uint8_t* codes, const uint8_t* exponents, int64_t padded, float* out) {
-  for (int64_t block = 0; block < padded; block += kStateBlock) {
-    const U32 base = Block8<kSigned>::base(exponents[block / kStateBlock]);
-    const int64_t end = padded - block < kStateBlock ? padded : block + kStateBlock;
-    for (int64_t i = block; i < end; i += F32::kLanes) {
-      prefetch(codes + i);
-      Block8<kSigned>::decode(U32::load_u8(codes + i), base).store(out + i);
-    }
+// Random bits for all states of an element: those of the first state's number under the step's key, stirred once. One
+// multiplication where a word of the counter takes two and a counter: the low bits of a fresh average are as good as
+// random, and where they repeat, the key does not.
+template <bool kFinite>
+GRADKERN_INLINE U32 stirred_bits(F32 x, U32 key) {
+  U32 bits = U32::of(x);
+  if (!kFinite) {
+    bits = bits.unless_nan(x, U32::all(0x7FC00000u));
   }
+  return (bits ^ key) * U32::all(kMix1);
 }
 
-// kHalf: which 16 bits of an element's word are this state's.
-template <bool kSigned, int kHalf>
-inline void encode_block8(const float* x, int64_t padded, uint32_t key, uint32_t offset, uint8_t* codes,
-                          uint8_t* exponents) {
-  for (int64_t block = 0; block < padded; block += kStateBlock) {
-    const int64_t end = padded - block < kStateBlock ? padded : block + kStateBlock;
-    U32 largest = U32::all(0);
-    for (int64_t i = block; i < end; i += F32::kLanes) {
-      largest = U32::maximum(largest, U32::of(F32::load(x + i)) & U32::all(0x7FFFFFFFu));
-    }
-    const auto exponent = static_cast<uint8_t>(largest.largest() >> 23);
-    exponents[block / kStateBlock] = exponent;
-    const U32 base = Block8<kSigned>::base(exponent);
-    for (int64_t i = block; i < end; i += F32::kLanes) {
-      const U32 words = random_words(key, offset + static_cast<uint32_t>(i));
-      const U32 random = kHalf == 0 ? words & U32::all(0xFFFFu) : words.shr<16>();
-      Block8<kSigned>::encode(F32::load(x + i), base, random).store_u8(codes + i);
-    }
+// Codes of four vectors.
+template <bool kSigned, bool kFinite>
+GRADKERN_INLINE void encode_four(const float* x, U32 base, const U32* stirred, uint8_t* codes) {
+  U32 code[4];
+  for (int i = 0; i < 4; ++i) {
+    code[i] = Block8<kSigned>::template encode<kFinite>(F32::load(x + i * F32::kLanes), base, stirred[i]);
   }
+  kSigned ? U32::store4_s8(codes, code[0], code[1], code[2], code[3])
+          : U32::store4_u8(codes, code[0], code[1], code[2], code[3]);
 }

@@ -63,8 +63,7 @@ inline void multiply_units(const StepChunk& chunk, int64_t first, int64_t size, 
 }
 
 // The block's states as fp32, and back.
-template <bool kSigned, int kHalf>
-inline float* open_state(StateCodec codec, Window& window, const uint8_t* scale, int64_t padded, float* values) {
+inline float* open_state(StateCodec codec, Window& window, int64_t padded, float* values) {
   switch (codec) {
     case StateCodec::kFloat32:
       return reinterpret_cast<float*>(window.bytes);
@@ -76,8 +75,7 @@ inline float* open_state(StateCodec codec, Window& window, const uint8_t* scale,
       decode<Float16Codec>(window.bytes, padded, values);
       return values;
     case StateCodec::kBlock8:
-      decode_block8<kSigned>(window.bytes, scale, padded, values);
-      return values;
+      break;  // rule_block8 decodes and encodes as it goes
   }
   return values;
 }
@@ -92,9 +90,8 @@ inline void encode_bf16_stochastic(const float* x, int64_t padded, uint32_t key,
   }
 }
 
-template <bool kSigned, int kHalf>
-inline void close_state(const StepChunk& chunk, Window& window, uint8_t* scale, int64_t first, int64_t size,
-                        int64_t padded, float* values) {
+template <int kHalf>
+inline void close_state(const StepChunk& chunk, Window& window, int64_t first, int64_t padded, const float* values) {
   const auto offset = static_cast<uint32_t>(chunk.offset + first);
   switch (chunk.state_codec) {
     case StateCodec::kFloat32:
@@ -109,10 +106,6 @@ inline void close_state(const StepChunk& chunk, Window& window, uint8_t* scale, 
       encode<Float16Codec>(values, padded, window.bytes);
       break;
     case StateCodec::kBlock8:
-      for (int64_t i = size; i < padded; ++i) {
-        values[i] = 0.0f;  // padding must not set the exponent of a block
-      }
-      encode_block8<kSigned, kHalf>(values, padded, chunk.key, offset, window.bytes, scale);
       break;
   }
   window.close();
@@ -178,9 +171,113 @@ struct Scratch {
   Window param, remainder, grad, state[kMaxStates];
 };
 
+// Blocks of 8-bit state, one behind the other: while the rule works on one, bound by the divider, the codes of the one
+// before are formed between its vectors.
+template <class Rule>
+struct Blocks8 {
+  alignas(64) float values[2][kMaxStates][kStateBlock];
+  U32 base[kMaxStates], previous_base[kMaxStates];
+  uint8_t* previous_codes[kMaxStates];
+
+  // The rule on 64 elements, states left in values[now]; with kPrevious, the codes of values[1 - now] besides.
+  template <bool kPrevious>
+  GRADKERN_INLINE void run(const Rule& rule, uint32_t key, int now, float* param, const float* grad,
+                           uint8_t* const* codes, U32* largest) {
+    for (int64_t j = 0; j < kStateBlock; j += 4 * F32::kLanes) {
+      for (int64_t i = j; i < j + 4 * F32::kLanes; i += F32::kLanes) {
+        prefetch(param + i);
+        prefetch(grad + i);
+        F32 state[Rule::kStates + 1];
+        for (int k = 0; k < Rule::kStates; ++k) {
+          state[k] =
+              Rule::kSigned[k] ? Block8<true>::load(codes[k] + i, base[k]) : Block8<false>::load(codes[k] + i, base[k]);
+        }
+        rule(F32::load(param + i), F32::load(grad + i), state).store(param + i);
+        for (int k = 0; k < Rule::kStates; ++k) {
+          state[k].store(values[now][k] + i);
+          largest[k] = U32::maximum(largest[k], U32::of(state[k]) & U32::all(0x7FFFFFFFu));
+        }
+      }
+      if (kPrevious) {
+        encode<true>(key, 1 - now, j);
+      }
+    }
+  }
+
+  // The codes of four vectors of values[at], from element j on.
+  template <bool kFinite>
+  GRADKERN_INLINE void encode(uint32_t key, int at, int64_t j) {
+    U32 stirred[4];
+    for (int i = 0; i < 4; ++i) {
+      stirred[i] = stirred_bits<kFinite>(F32::load(values[at][0] + j + i * F32::kLanes), U32::all(key));
+    }
+    for (int k = 0; k < Rule::kStates; ++k) {
+      Rule::kSigned[k]
+          ? encode_four<true, kFinite>(values[at][k] + j, previous_base[k], stirred, previous_codes[k] + j)
+          : encode_four<false, kFinite>(values[at][k] + j, previous_base[k], stirred, previous_codes[k] + j);
+    }
+  }
+
+  // The codes of all of values[at].
+  template <bool kFinite>
+  inline void encode_all(uint32_t key, int at) {
+    for (int64_t j = 0; j < kStateBlock; j += 4 * F32::kLanes) {
+      encode<kFinite>(key, at, j);
+    }
+  }
+};
+
+// As rule_block, for states in 8 bits.
+template <class Rule>
+inline void rule_block8(const Rule& rule, const StepChunk& chunk, int64_t first, int64_t size, float* param,
+                        const float* grad, Scratch& scratch) {
+  Blocks8<Rule> blocks;
+  bool pending = false;
+  int now = 0;
+  for (int64_t block = 0; block < size; block += kStateBlock, now = 1 - now) {
+    uint8_t* codes[kMaxStates] = {};
+    uint8_t* exponents[kMaxStates] = {};
+    U32 largest[kMaxStates];
+    for (int k = 0; k < Rule::kStates; ++k) {
+      codes[k] = scratch.state[k].bytes + block;
+      exponents[k] = chunk.scale[k] + (first + block) / kStateBlock;
+      blocks.base[k] = Rule::kSigned[k] ? Block8<true>::base(*exponents[k]) : Block8<false>::base(*exponents[k]);
+      largest[k] = U32::all(0);
+      prefetch(codes[k]);
+    }
+    pending ? blocks.template run<true>(rule, chunk.key, now, param + block, grad + block, codes, largest)
+            : blocks.template run<false>(rule, chunk.key, now, param + block, grad + block, codes, largest);
+    pending = true;
+    for (int k = 0; k < Rule::kStates; ++k) {
+      if (size - block < kStateBlock) {  // padding must not set the exponent of a block
+        float* values = blocks.values[now][k];
+        largest[k] = U32::all(0);
+        for (int64_t j = size - block; j < kStateBlock; ++j) {
+          values[j] = 0.0f;
+        }
+        for (int64_t j = 0; j < kStateBlock; j += F32::kLanes) {
+          largest[k] = U32::maximum(largest[k], U32::of(F32::load(values + j)) & U32::all(0x7FFFFFFFu));
+        }
+      }
+      const uint32_t exponent = largest[k].largest() >> 23;
+      *exponents[k] = static_cast<uint8_t>(exponent);
+      blocks.previous_base[k] = Rule::kSigned[k] ? Block8<true>::base(exponent) : Block8<false>::base(exponent);
+      blocks.previous_codes[k] = codes[k];
+      pending = pending && exponent != 255u;
+    }
+    if (!pending) {
+      blocks.template encode_all<false>(chunk.key, now);
+    }
+  }
+  if (pending) {
+    blocks.template encode_all<true>(chunk.key, 1 - now);
+  }
+}
+
 template <class Rule>
 inline void step_block(const Rule& rule, const StepChunk& chunk, int64_t first, int64_t size, Scratch& scratch) {
-  const int64_t padded = (size + F32::kLanes - 1) / F32::kLanes * F32::kLanes;
+  const int64_t whole = chunk.state_codec == StateCodec::kBlock8 ? kStateBlock : F32::kLanes;
+  const int64_t padded = (size + whole - 1) / whole * whole;
   scratch.param.open(chunk.param, param_item(chunk.param_codec), first, size, padded);
   scratch.remainder.open(chunk.remainder, remainder_item(chunk.param_codec), first, size, padded);
   scratch.grad.open(const_cast<void*>(chunk.grad), item_size(chunk.grad_dtype), first, size, padded);
@@ -196,33 +293,18 @@ inline void step_block(const Rule& rule, const StepChunk& chunk, int64_t first, 
     }
   }
   float* states[kMaxStates] = {};
-  const int64_t item = state_item(chunk.state_codec);
-  uint8_t* scale[kMaxStates] = {};
   for (int k = 0; k < Rule::kStates; ++k) {
-    scratch.state[k].open(chunk.state[k], item, first, size, padded);
-    scale[k] = chunk.scale[k] + first / kStateBlock;
+    scratch.state[k].open(chunk.state[k], state_item(chunk.state_codec), first, size, padded);
+    states[k] = open_state(chunk.state_codec, scratch.state[k], padded, scratch.state_values[k]);
   }
-  if constexpr (Rule::kStates > 0) {
-    states[0] =
-        open_state<Rule::kSigned[0], 0>(chunk.state_codec, scratch.state[0], scale[0], padded, scratch.state_values[0]);
+  if (chunk.state_codec == StateCodec::kBlock8) {
+    rule_block8(rule, chunk, first, size, param, grad, scratch);
+  } else {
+    rule_block(rule, param, grad, states, padded);
   }
-  if constexpr (Rule::kStates > 1) {
-    states[1] =
-        open_state<Rule::kSigned[1], 1>(chunk.state_codec, scratch.state[1], scale[1], padded, scratch.state_values[1]);
-  }
-  if constexpr (Rule::kStates > 2) {
-    states[2] =
-        open_state<Rule::kSigned[2], 1>(chunk.state_codec, scratch.state[2], scale[2], padded, scratch.state_values[2]);
-  }
-  rule_block(rule, param, grad, states, padded);
-  if constexpr (Rule::kStates > 0) {
-    close_state<Rule::kSigned[0], 0>(chunk, scratch.state[0], scale[0], first, size, padded, states[0]);
-  }
-  if constexpr (Rule::kStates > 1) {
-    close_state<Rule::kSigned[1], 1>(chunk, scratch.state[1], scale[1], first, size, padded, states[1]);
-  }
-  if constexpr (Rule::kStates > 2) {
-    close_state<Rule::kSigned[2], 1>(chunk, scratch.state[2], scale[2], first, size, padded, states[2]);
+  for (int k = 0; k < Rule::kStates; ++k) {
+    k == 0 ? close_state<0>(chunk, scratch.state[k], first, padded, states[k])
+           : close_state<1>(chunk, scratch.state[k], first, padded, states[k]);
   }
   close_param(chunk, scratch.param, scratch.remainder, first, padded, param);
 }

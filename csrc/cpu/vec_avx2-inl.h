@@ -63,6 +63,9 @@ struct U32 {
   static GRADKERN_INLINE U32 load_u8(const uint8_t* p) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
   }
+  static GRADKERN_INLINE U32 load_s8(const uint8_t* p) {
+    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
   static GRADKERN_INLINE U32 load_u16(const uint16_t* p) {
     return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
@@ -73,6 +76,18 @@ struct U32 {
                                                 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
     const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
+  }
+  // Packing works within halves: the halves' four-byte groups are then put in order.
+  static GRADKERN_INLINE void store_packed(uint8_t* p, __m256i bytes) {
+    const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
+  }
+  // Bytes of four neighbouring vectors of signed numbers, cut to 0..255 or to -128..127.
+  static GRADKERN_INLINE void store4_u8(uint8_t* p, U32 a, U32 b, U32 c, U32 d) {
+    store_packed(p, _mm256_packus_epi16(_mm256_packs_epi32(a.v, b.v), _mm256_packs_epi32(c.v, d.v)));
+  }
+  static GRADKERN_INLINE void store4_s8(uint8_t* p, U32 a, U32 b, U32 c, U32 d) {
+    store_packed(p, _mm256_packs_epi16(_mm256_packs_epi32(a.v, b.v), _mm256_packs_epi32(c.v, d.v)));
   }
   GRADKERN_INLINE void store_u16(uint16_t* p) const {
     const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xFFFF));
@@ -106,6 +121,9 @@ struct U32 {
     x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0xB1));
     return static_cast<uint32_t>(_mm_cvtsi128_si32(x));
   }
+  GRADKERN_INLINE U32 magnitude() const { return {_mm256_abs_epi32(v)}; }
+  // This, which is not negative, with the sign of another number; zero where that is zero.
+  GRADKERN_INLINE U32 signed_as(U32 other) const { return {_mm256_sign_epi32(v, other.v)}; }
   // `other` where this is zero, else this.
   GRADKERN_INLINE U32 or_if_zero(U32 other) const {
     return {_mm256_blendv_epi8(v, other.v, _mm256_cmpeq_epi32(v, _mm256_setzero_si256()))};

@@ -64,11 +64,28 @@ struct U32 {
   static GRADKERN_INLINE U32 load_u8(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
+  static GRADKERN_INLINE U32 load_s8(const uint8_t* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
   static GRADKERN_INLINE U32 load_u16(const uint16_t* p) {
     return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   GRADKERN_INLINE void store_u8(uint8_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
+  // Bytes of four neighbouring vectors of signed numbers, cut to 0..255 or to -128..127.
+  static GRADKERN_INLINE void store4_u8(uint8_t* p, U32 a, U32 b, U32 c, U32 d) {
+    const U32 four[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) {
+      const __m512i positive = _mm512_max_epi32(four[i].v, _mm512_setzero_si512());
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtusepi32_epi8(positive));
+    }
+  }
+  static GRADKERN_INLINE void store4_s8(uint8_t* p, U32 a, U32 b, U32 c, U32 d) {
+    const U32 four[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtsepi32_epi8(four[i].v));
+    }
   }
   GRADKERN_INLINE void store_u16(uint16_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
@@ -95,6 +112,13 @@ struct U32 {
   static GRADKERN_INLINE U32 minimum(U32 a, U32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
   static GRADKERN_INLINE U32 maximum(U32 a, U32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
   GRADKERN_INLINE uint32_t largest() const { return static_cast<uint32_t>(_mm512_reduce_max_epi32(v)); }
+  GRADKERN_INLINE U32 magnitude() const { return {_mm512_abs_epi32(v)}; }
+  // This, which is not negative, with the sign of another number; zero where that is zero.
+  GRADKERN_INLINE U32 signed_as(U32 other) const {
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i x = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(other.v, other.v), v);
+    return {_mm512_mask_sub_epi32(x, _mm512_cmplt_epi32_mask(other.v, zero), zero, v)};
+  }
   // `other` where this is zero, else this.
   GRADKERN_INLINE U32 or_if_zero(U32 other) const {
     return {_mm512_mask_mov_epi32(v, _mm512_testn_epi32_mask(v, v), other.v)};

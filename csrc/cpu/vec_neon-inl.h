@@ -54,11 +54,22 @@ struct U32 {
     __builtin_memcpy(&four, p, 4);
     return {vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))))};
   }
+  static GRADKERN_INLINE U32 load_s8(const uint8_t* p) { return load_u8(p).shl<24>().sar<24>(); }
   static GRADKERN_INLINE U32 load_u16(const uint16_t* p) { return {vmovl_u16(vld1_u16(p))}; }
   GRADKERN_INLINE void store_u8(uint8_t* p) const {
     const uint16x4_t half = vmovn_u32(v);
     const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(half, half))), 0);
     __builtin_memcpy(p, &four, 4);
+  }
+  GRADKERN_INLINE int16x4_t narrowed() const { return vqmovn_s32(vreinterpretq_s32_u32(v)); }
+  // Bytes of four neighbouring vectors of signed numbers, cut to 0..255 or to -128..127.
+  static GRADKERN_INLINE void store4_u8(uint8_t* p, U32 a, U32 b, U32 c, U32 d) {
+    const int16x8_t low = vcombine_s16(a.narrowed(), b.narrowed()), high = vcombine_s16(c.narrowed(), d.narrowed());
+    vst1q_u8(p, vcombine_u8(vqmovun_s16(low), vqmovun_s16(high)));
+  }
+  static GRADKERN_INLINE void store4_s8(uint8_t* p, U32 a, U32 b, U32 c, U32 d) {
+    const int16x8_t low = vcombine_s16(a.narrowed(), b.narrowed()), high = vcombine_s16(c.narrowed(), d.narrowed());
+    vst1q_u8(p, vreinterpretq_u8_s8(vcombine_s8(vqmovn_s16(low), vqmovn_s16(high))));
   }
   GRADKERN_INLINE void store_u16(uint16_t* p) const { vst1_u16(p, vmovn_u32(v)); }
   GRADKERN_INLINE U32 operator+(U32 o) const { return {vaddq_u32(v, o.v)}; }
@@ -87,6 +98,13 @@ struct U32 {
     return {vreinterpretq_u32_s32(vmaxq_s32(vreinterpretq_s32_u32(a.v), vreinterpretq_s32_u32(b.v)))};
   }
   GRADKERN_INLINE uint32_t largest() const { return static_cast<uint32_t>(vmaxvq_s32(vreinterpretq_s32_u32(v))); }
+  GRADKERN_INLINE U32 magnitude() const { return {vreinterpretq_u32_s32(vabsq_s32(vreinterpretq_s32_u32(v)))}; }
+  // This, which is not negative, with the sign of another number; zero where that is zero.
+  GRADKERN_INLINE U32 signed_as(U32 other) const {
+    const uint32x4_t negative = vcltzq_s32(vreinterpretq_s32_u32(other.v));
+    const uint32x4_t x = vbslq_u32(negative, vsubq_u32(vdupq_n_u32(0), v), v);
+    return {vandq_u32(x, vtstq_u32(other.v, other.v))};
+  }
   // `other` where this is zero, else this.
   GRADKERN_INLINE U32 or_if_zero(U32 other) const { return {vbslq_u32(vceqzq_u32(v), other.v, v)}; }
   // This where `condition` is not zero, else zero.

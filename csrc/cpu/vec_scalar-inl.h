@@ -93,8 +93,24 @@ struct U32 {
     return x;
   }
   static GRADKERN_INLINE U32 load_u8(const uint8_t* p) { return {*p}; }
+  static GRADKERN_INLINE U32 load_s8(const uint8_t* p) {
+    return {static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(*p)))};
+  }
   static GRADKERN_INLINE U32 load_u16(const uint16_t* p) { return {*p}; }
   GRADKERN_INLINE void store_u8(uint8_t* p) const { *p = static_cast<uint8_t>(v); }
+  // Bytes of four neighbouring vectors of signed numbers, cut to 0..255 or to -128..127.
+  static GRADKERN_INLINE void store4_u8(uint8_t* p, U32 a, U32 b, U32 c, U32 d) {
+    const U32 four[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) {
+      minimum(maximum(four[i], all(0)), all(255)).store_u8(p + i);
+    }
+  }
+  static GRADKERN_INLINE void store4_s8(uint8_t* p, U32 a, U32 b, U32 c, U32 d) {
+    const U32 four[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) {
+      minimum(maximum(four[i], all(0xFFFFFF80u)), all(127)).store_u8(p + i);
+    }
+  }
   GRADKERN_INLINE void store_u16(uint16_t* p) const { *p = static_cast<uint16_t>(v); }
   GRADKERN_INLINE U32 operator+(U32 o) const { return {v + o.v}; }
   GRADKERN_INLINE U32 operator-(U32 o) const { return {v - o.v}; }
@@ -122,6 +138,11 @@ struct U32 {
     return static_cast<int32_t>(a.v) > static_cast<int32_t>(b.v) ? a : b;
   }
   GRADKERN_INLINE uint32_t largest() const { return v; }
+  GRADKERN_INLINE U32 magnitude() const { return {static_cast<int32_t>(v) < 0 ? 0u - v : v}; }
+  // This, which is not negative, with the sign of another number; zero where that is zero.
+  GRADKERN_INLINE U32 signed_as(U32 other) const {
+    return {other.v == 0 ? 0u : static_cast<int32_t>(other.v) < 0 ? 0u - v : v};
+  }
   // `other` where this is zero, else this.
   GRADKERN_INLINE U32 or_if_zero(U32 other) const { return v == 0 ? other : *this; }
   // This where `condition` is not zero, else zero.

@@ -9,7 +9,7 @@ from enum import IntEnum
 
 import torch
 
-from gradkern.ops._step.random import next_words, random_words
+from gradkern.ops._step.random import next_words, random_words, stir
 
 __all__ = [
     "STATE_BLOCK",
@@ -23,6 +23,7 @@ __all__ = [
     "param_dtypes",
     "state_blocks",
     "state_dtype",
+    "stirred_bits",
 ]
 
 STATE_BLOCK = 64
@@ -164,6 +165,15 @@ def _stochastic_bf16(x: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     return _low(torch.where(bits == _NAN, 0x7FC0, (bits + random) >> 16), torch.int16)
 
 
+def stirred_bits(x: torch.Tensor, key: int) -> torch.Tensor:
+    """Random bits for all 8-bit states of an element, from the first one's fp32 value; the highest are best.
+
+    One multiplication where a word of the counter takes two and a counter: the low bits of a fresh average are as good
+    as random, and where they repeat, the key does not.
+    """
+    return stir(_bits(x), key)
+
+
 def _block_base(exponents: torch.Tensor, numel: int, mantissa_bits: int) -> torch.Tensor:
     base = (exponents.to(torch.int64) - 15).clamp(min=0) << mantissa_bits
     return base.repeat_interleave(STATE_BLOCK)[:numel]
@@ -172,18 +182,19 @@ def _block_base(exponents: torch.Tensor, numel: int, mantissa_bits: int) -> torc
 def decode_state(codec: StateCodec, state: torch.Tensor, scale: torch.Tensor | None, *, signed: bool) -> torch.Tensor:
     """The fp32 values of a flat state, shape ``(numel,)``.
 
-    8-bit codes are relative to the exponent of the largest element of their block of 64 (``scale``, uint8): sign,
-    4 exponent and 3 mantissa bits for a signed state, 4 and 4 for one without sign; code 0 is zero.
+    8-bit codes are relative to the exponent of the largest element of their block of 64 (``scale``, uint8): 4 exponent
+    and 3 mantissa bits for a signed state, negated as a whole, whose code 0 is zero; 4 and 4 for one without sign,
+    whose code 0 is the smallest that the block can hold: the step divides by it.
     """
     if codec != StateCodec.BLOCK8:
         return state.float()
     assert scale is not None  # noqa: S101  (checked with the operands)
     codes = state.to(torch.int64)
     if signed:
-        magnitude = codes & 0x7F
+        magnitude = torch.where(codes >= 128, 256 - codes, codes)
         bits = torch.where(magnitude == 0, 0, (magnitude + _block_base(scale, codes.numel(), 3)) << 20)
         return _float(bits | ((codes & 0x80) << 24))
-    return _float(torch.where(codes == 0, 0, (codes + _block_base(scale, codes.numel(), 4)) << 19))
+    return _float((codes + _block_base(scale, codes.numel(), 4)) << 19)
 
 
 def encode_state(
@@ -195,6 +206,7 @@ def encode_state(
     *,
     signed: bool,
     half: int,
+    stirred: torch.Tensor | None = None,
 ) -> None:
     """Store fp32 values in a flat state.
 
@@ -205,17 +217,18 @@ def encode_state(
         scale: Receives the exponents of blocks, with 8-bit codes.
         key: Of the random words.
         signed: Whether the state can be negative.
-        half: Which 16 bits of an element's word are this state's: 0 the low, 1 the high.
+        half: Which 16 bits of an element's word are this state's, in bf16: 0 the low, 1 the high.
+        stirred: Random bits of 8-bit codes, from :func:`stirred_bits` of the first state's values.
     """
     if codec not in (StateCodec.BLOCK8, StateCodec.BFLOAT16_STOCHASTIC):
         state.copy_(x)
         return
-    words = random_words(key, x.numel())
-    random = words & 0xFFFF if half == 0 else words >> 16
     if codec == StateCodec.BFLOAT16_STOCHASTIC:
-        state.view(torch.int16).copy_(_stochastic_bf16(x, random))
+        words = random_words(key, x.numel())
+        state.view(torch.int16).copy_(_stochastic_bf16(x, words & 0xFFFF if half == 0 else words >> 16))
         return
     assert scale is not None  # noqa: S101
+    assert stirred is not None  # noqa: S101
     bits = _bits(x)
     magnitude = bits & 0x7FFFFFFF
     numel = x.numel()
@@ -225,8 +238,8 @@ def encode_state(
     scale.copy_(exponents.to(torch.uint8))
     mantissa_bits = 3 if signed else 4
     shift = 23 - mantissa_bits
-    rounded = ((magnitude + (random << (shift - 16))) >> shift) - _block_base(exponents, numel, mantissa_bits)
+    random = stirred >> (32 - shift)
+    code = ((magnitude + random) >> shift) - _block_base(exponents, numel, mantissa_bits)
     if signed:
-        state.copy_((rounded.clamp(0, 127) | ((bits >> 24) & 0x80)).to(torch.uint8))
-    else:  # what is not zero never becomes zero: the step divides by it
-        state.copy_(torch.maximum(rounded.clamp(max=255), (magnitude > 0).to(torch.int64)).to(torch.uint8))
+        code = torch.where(bits >= 1 << 31, -code.clamp(min=0), code.clamp(min=0)).clamp(-128, 127) & 0xFF
+    state.copy_(code.clamp(0, 255).to(torch.uint8))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["key_of", "next_words", "random_words"]
+__all__ = ["key_of", "next_words", "random_words", "stir"]
 
 _MASK = 0xFFFFFFFF
 _MIX1, _MIX2, _SECOND = 0x21F0AAAD, 0x735A2D97, 0x9E3779B9
@@ -43,3 +43,8 @@ def random_words(key: int, numel: int) -> torch.Tensor:
 def next_words(words: torch.Tensor) -> torch.Tensor:
     """A second word of the same elements."""
     return _mixed_words((words + _SECOND) & _MASK)
+
+
+def stir(bits: torch.Tensor, key: int) -> torch.Tensor:
+    """``bits`` (32 in int64) under a key, multiplied once."""
+    return ((bits ^ key) * _MIX1) & _MASK

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 from gradkern.ops._chunks import flat_view
-from gradkern.ops._step.codecs import GradTransform, decode_param, decode_state, encode_param, encode_state
+from gradkern.ops._step.codecs import (
+    GradTransform,
+    StateCodec,
+    decode_param,
+    decode_state,
+    encode_param,
+    encode_state,
+    stirred_bits,
+)
 from gradkern.ops._step.columns import scales_of
 from gradkern.ops._step.random import key_of
 from gradkern.ops._step.rule import Codecs, StepRule
@@ -58,6 +66,7 @@ def step_(
         x, updated = rule.update(
             decode_param(codecs.param, param, remainder), grad, values, scalars_of_step[step], variant
         )
+        stirred = stirred_bits(updated[0], key) if codecs.state == StateCodec.BLOCK8 and states else None
         for k, (value, (state, cell, scale)) in enumerate(zip(updated, cells, strict=True)):
-            encode_state(codecs.state, value, cell, scale, key, signed=state.signed, half=min(k, 1))
+            encode_state(codecs.state, value, cell, scale, key, signed=state.signed, half=min(k, 1), stirred=stirred)
         encode_param(codecs.param, x, param, remainder, key)

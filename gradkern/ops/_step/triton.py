@@ -20,6 +20,7 @@ from gradkern.ops._step.triton_codecs import (
     remainder_pointer,
     state_pointer,
     step_key,
+    stirred_bits,
     store_param,
     store_state,
 )
@@ -32,6 +33,7 @@ __all__ = ["step_launcher", "step_variants"]
 _COLUMNS = tl.constexpr(15)  # of the table, element count and first chunk included
 _LIMIT = tl.constexpr(1)
 _UNITS = tl.constexpr(2)
+_BLOCK8 = tl.constexpr(8)
 
 
 @triton.jit
@@ -65,12 +67,13 @@ def _step_block(
     words = random_words(key, chunk_offset + offsets) if RANDOM else offsets.to(tl.uint32)
     low = words & 0xFFFF
     high = words >> 16
+    stirred = stirred_bits(s0, key) if STATE == _BLOCK8 else words
     if STATES > 0:
-        store_state(state0_ptr, scale0_ptr, start, offsets, s0, size, low, STATE, SIGNED[0], BLOCK, MASKED)
+        store_state(state0_ptr, scale0_ptr, start, offsets, s0, size, stirred, low, STATE, SIGNED[0], BLOCK, MASKED)
     if STATES > 1:
-        store_state(state1_ptr, scale1_ptr, start, offsets, s1, size, high, STATE, SIGNED[1], BLOCK, MASKED)
+        store_state(state1_ptr, scale1_ptr, start, offsets, s1, size, stirred, high, STATE, SIGNED[1], BLOCK, MASKED)
     if STATES > 2:
-        store_state(state2_ptr, scale2_ptr, start, offsets, s2, size, high, STATE, SIGNED[2], BLOCK, MASKED)
+        store_state(state2_ptr, scale2_ptr, start, offsets, s2, size, stirred, high, STATE, SIGNED[2], BLOCK, MASKED)
     store_param(param_ptr, remainder_ptr, offsets, p, size, words, PARAM, MASKED)
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "remainder_pointer",
     "state_pointer",
     "step_key",
+    "stirred_bits",
     "store_param",
     "store_state",
 ]
@@ -115,6 +116,12 @@ def _load(pointer, offsets, size, MASKED: tl.constexpr):
 
 
 @triton.jit
+def stirred_bits(x, key):
+    """Random bits for all 8-bit states of an element, from the first one's value."""
+    return (_bits(x) ^ key) * 0x21F0AAAD
+
+
+@triton.jit
 def _half(bits):
     return bits.to(tl.uint16).to(tl.int16, bitcast=True)
 
@@ -190,11 +197,10 @@ def load_state(
         block = start // _STATE_BLOCK + tl.arange(0, blocks)
         exponents = _load(scale, block, (size + _STATE_BLOCK - 1) // _STATE_BLOCK, MASKED)
         if SIGNED:
-            magnitude = code & 0x7F
+            magnitude = tl.where(code >= 128, 256 - code, code)
             bits = tl.where(magnitude == 0, 0, (magnitude + _block_base(exponents, 3, BLOCK)) << 20)
             return (bits | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
-        bits = tl.where(code == 0, 0, (code + _block_base(exponents, 4, BLOCK)) << 19)
-        return bits.to(tl.float32, bitcast=True)
+        return ((code + _block_base(exponents, 4, BLOCK)) << 19).to(tl.float32, bitcast=True)
     if CODEC == _STOCHASTIC:
         return load_f32(pointer, offsets, size, _BFLOAT16, MASKED)
     return load_f32(pointer, offsets, size, CODEC, MASKED)
@@ -202,10 +208,10 @@ def load_state(
 
 @triton.jit
 def store_state(
-    pointer, scale, start, offsets, x, size, random,
+    pointer, scale, start, offsets, x, size, stirred, random,
     CODEC: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Store fp32 values of a state; ``random`` has 16 bits for each."""
+    """Store fp32 values of a state; ``random`` has 16 bits for each, for bf16; ``stirred`` is for 8-bit codes."""
     if CODEC == _BLOCK8:
         bits = _bits(x)
         magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
@@ -215,13 +221,13 @@ def store_state(
         exponents = tl.max(tl.reshape(magnitude, [blocks, _STATE_BLOCK]), axis=1) >> 23
         block = start // _STATE_BLOCK + tl.arange(0, blocks)
         _store(scale, block, exponents.to(tl.uint8), (size + _STATE_BLOCK - 1) // _STATE_BLOCK, MASKED)
-        random = random.to(tl.int32)
         if SIGNED:
-            code = ((magnitude + (random << 4)) >> 20) - _block_base(exponents, 3, BLOCK)
-            code = tl.minimum(tl.maximum(code, 0), 127) | ((bits >> 24) & 0x80).to(tl.int32)
-        else:  # what is not zero never becomes zero: the step divides by it
-            code = ((magnitude + (random << 3)) >> 19) - _block_base(exponents, 4, BLOCK)
-            code = tl.maximum(tl.minimum(code, 255), (magnitude > 0).to(tl.int32))
+            code = ((magnitude + (stirred >> 12).to(tl.int32)) >> 20) - _block_base(exponents, 3, BLOCK)
+            code = tl.maximum(code, 0)
+            code = tl.minimum(tl.where(bits >= 0x80000000, -code, code), 127) & 0xFF
+        else:
+            code = ((magnitude + (stirred >> 13).to(tl.int32)) >> 19) - _block_base(exponents, 4, BLOCK)
+            code = tl.minimum(tl.maximum(code, 0), 255)
         _store(pointer, offsets, code.to(tl.uint8), size, MASKED)
     elif CODEC == _STOCHASTIC:
         _store(pointer, offsets, _stochastic_half(x, random), size, MASKED)
