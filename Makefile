@@ -11,9 +11,10 @@ FORMATTED_SOURCES := $(filter %.cpp %.h,$(NATIVE_SOURCES))
 VENV_STAMP := $(VENV)/.stamp-venv
 DEPS_STAMP := $(VENV)/.stamp-deps
 NATIVE_STAMP := $(VENV)/.stamp-native
+PEERS_STAMP := $(VENV)/.stamp-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help dev build demo test check lint type format docs bench-smoke clean
+.PHONY: help dev build demo test check lint type format docs bench-smoke bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | \
@@ -68,6 +69,15 @@ docs: dev  ## build the documentation into docs/_build/html; a warning is an err
 bench-smoke: dev  ## run every benchmark suite with the fewest rounds
 	$(BIN)/python -m bench cycle --rounds 7 --json out/bench-cycle.json
 	$(BIN)/python -m bench step --rounds 7 --json out/bench-step.json
+
+# A folder of its own, without dependencies: peers change neither torch nor what the tests import (bench/peers.py).
+$(PEERS_STAMP): $(DEPS_STAMP) bench/requirements.txt
+	rm -rf $(VENV)/peers
+	$(PIP) install --quiet --no-deps --target $(VENV)/peers -c constraints.txt -r bench/requirements.txt
+	@touch $@
+
+bench-peers: dev $(PEERS_STAMP)  ## install what benchmarks compare with and say what runs; compiles for minutes
+	$(BIN)/python -m bench.peers
 
 clean:  ## remove what was built; keeps .venv
 	rm -rf build dist out docs/_build gradkern.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -6,10 +6,10 @@ import argparse
 
 import torch
 
-from . import cycle, step
+from . import cycle, state8, step
 from .harness import Report
 
-SUITES = {"step": step.run, "cycle": cycle.run}
+SUITES = {"step": step.run, "cycle": cycle.run, "state8": state8.run}
 
 
 def main() -> None:

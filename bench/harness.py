@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,25 @@ def _synchronize(device: torch.device) -> None:
 
 
 def interleave(
-    systems: dict[str, Callable[[], object]], device: torch.device, *, rounds: int = 9, warm_up: int = 2
+    systems: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = 9,
+    warm_up: int = 2,
+    fewer: Mapping[str, int] | None = None,
 ) -> Timings:
-    """Seconds of every call, by system; the order rotates from round to round."""
+    """Seconds of every call, by system; the order rotates from round to round.
+
+    ``fewer`` names systems that drop out after so many timed rounds, because they are very slow.
+    """
     names = list(systems)
+    limits = {name: (fewer or {}).get(name, rounds) for name in names}
     timings: Timings = {name: [] for name in names}
     for turn in range(warm_up + rounds):
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
+            if turn - warm_up >= limits[name]:
+                continue
             _synchronize(device)
             start = time.perf_counter()
             systems[name]()

@@ -1,4 +1,4 @@
-"""Suite ``step``: the bare optimizer step, no clipping, against torch's own implementations and the triad."""
+"""Suite ``step``: the bare optimizer step, no clipping, against torch's own implementations, peers and the triad."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 import gradkern as gk
 
+from . import peers
 from .cases import CASES
 from .harness import Report, Triad, interleave
 from .systems import Replica
@@ -17,17 +18,19 @@ BYTES_PER_PARAM = 28  # read p, g, m, v and write p, m, v in fp32
 
 def run(report: Report, rounds: int) -> None:
     """Time every case."""
+    makers: dict[str, peers.Maker] = {
+        "gradkern": lambda params, lr: gk.AdamW(params, lr=lr),
+        "torch fused": lambda params, lr: torch.optim.AdamW(params, lr=lr, fused=True),
+        "torch foreach": lambda params, lr: torch.optim.AdamW(params, lr=lr, foreach=True),
+        **peers.usable(peers.FP32, report.device),
+    }
     for case, shapes in CASES.items():
-        replicas = {name: Replica(shapes(), report.device) for name in ("gradkern", "torch fused", "torch foreach")}
-        systems = {
-            "gradkern": gk.AdamW(replicas["gradkern"].params, lr=1e-4).step,
-            "torch fused": torch.optim.AdamW(replicas["torch fused"].params, lr=1e-4, fused=True).step,
-            "torch foreach": torch.optim.AdamW(replicas["torch foreach"].params, lr=1e-4, foreach=True).step,
-        }
+        replicas = {name: Replica(shapes(), report.device) for name in makers}
+        systems = {name: make(replicas[name].params, 1e-4).step for name, make in makers.items()}
         triad = Triad(report.device)
         timings = interleave({**systems, **triad.systems()}, report.device, rounds=rounds)
         report.add_times(case, "step", timings, systems)
-        for other in ("torch fused", "torch foreach"):
+        for other in list(systems)[1:]:
             report.add_ratio(case, "speedup", timings, other, "gradkern")
         moved = BYTES_PER_PARAM * replicas["gradkern"].numel
         bandwidth = moved / min(timings["gradkern"])

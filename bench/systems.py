@@ -9,6 +9,8 @@ from torch import nn
 
 import gradkern as gk
 
+from . import peers
+
 __all__ = ["Replica", "clip_step_systems"]
 
 MAX_NORM = 1.0
@@ -33,7 +35,8 @@ def clip_step_systems(shapes: Sequence[tuple[int, ...]], device: torch.device) -
     """Clip by the global norm and step, each system over its own replica.
 
     ``torch grad_scale`` is torch's fastest known way: the norm once, the coefficient handed to the fused kernel through
-    the attribute that ``GradScaler`` uses.
+    the attribute that ``GradScaler`` uses. DeepSpeed's optimizer comes with torch's clipping; the other peers' bare
+    steps are so much slower (suite ``step``) that clipping before them would show nothing more.
     """
     ours, fused, trick = (Replica(shapes, device) for _ in range(3))
     opt = gk.AdamW(ours.params, lr=1e-4, max_norm=MAX_NORM)
@@ -50,4 +53,22 @@ def clip_step_systems(shapes: Sequence[tuple[int, ...]], device: torch.device) -
         opt_trick.found_inf = torch.zeros((), device=device)
         opt_trick.step()
 
-    return {"gradkern": opt.step, "torch clip + fused": torch_clip_step, "torch grad_scale + fused": torch_trick}
+    systems: dict[str, Callable[[], object]] = {
+        "gradkern": opt.step,
+        "torch clip + fused": torch_clip_step,
+        "torch grad_scale + fused": torch_trick,
+    }
+    clipped_peers = {"DeepSpeedCPUAdam": peers.FP32["DeepSpeedCPUAdam"]}
+    for name, make in peers.usable(clipped_peers, device).items():
+        systems[f"torch clip + {name}"] = _clip_step(Replica(shapes, device), make)
+    return systems
+
+
+def _clip_step(replica: Replica, make: peers.Maker) -> Callable[[], object]:
+    opt = make(replica.params, 1e-4)
+
+    def clip_step() -> None:
+        nn.utils.clip_grad_norm_(replica.params, MAX_NORM)
+        opt.step()
+
+    return clip_step
