@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -31,6 +33,20 @@ void sumsq_table(Tensor table_tensor, int64_t operand, int64_t dtype_code, Tenso
   });
 }
 
+// Bytes of main_grad from which overwriting streams: what no cache can hold until it is read again is better never
+// brought in. Below, the next micro-batch finds it there.
+int64_t streaming_bytes() {
+  static const int64_t bytes = [] {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+    const int64_t cache = 0;
+#endif
+    return std::max(int64_t{1} << 26, cache);
+  }();
+  return bytes;
+}
+
 void accumulate_table(Tensor table_tensor, int64_t dtype_code, std::optional<Tensor> partials, bool overwrite) {
   const Table table("accumulate_", table_tensor, 2);
   const DType dtype = checked_dtype("accumulate_", dtype_code);
@@ -40,10 +56,19 @@ void accumulate_table(Tensor table_tensor, int64_t dtype_code, std::optional<Ten
     out = static_cast<double*>(partials->mutable_data_ptr());
   }
   const int64_t item = item_size(dtype);
+  const int64_t main_bytes = table.elements() * static_cast<int64_t>(sizeof(float));
+  const Fold fold = !overwrite                        ? Fold::kAdd
+                    : main_bytes >= streaming_bytes() ? Fold::kOverwriteStreaming
+                                                      : Fold::kOverwrite;
   const auto accumulate = kernels().accumulate;
-  table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
-    accumulate(reinterpret_cast<float*>(table.address(row, 0)) + offset, table.address(row, 1) + offset * item, dtype,
-               size, overwrite, out == nullptr ? nullptr : out + chunk);
+  table.for_each_range([&](int64_t begin, int64_t end) {
+    table.walk(begin, end, [&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
+      accumulate(reinterpret_cast<float*>(table.address(row, 0)) + offset, table.address(row, 1) + offset * item, dtype,
+                 size, fold, out == nullptr ? nullptr : out + chunk);
+    });
+    if (fold == Fold::kOverwriteStreaming) {
+      finish_streaming();
+    }
   });
 }
 
