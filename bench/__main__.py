@@ -6,10 +6,10 @@ import argparse
 
 import torch
 
-from . import cycle, step
+from . import accumulate, cycle, step
 from .harness import Report
 
-SUITES = {"step": step.run, "cycle": cycle.run}
+SUITES = {"step": step.run, "cycle": cycle.run, "accumulate": accumulate.run}
 
 
 def main() -> None:

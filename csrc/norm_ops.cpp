@@ -4,9 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <unistd.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -33,19 +31,9 @@ void sumsq_table(Tensor table_tensor, int64_t operand, int64_t dtype_code, Tenso
   });
 }
 
-// Bytes of main_grad from which overwriting streams: what no cache can hold until it is read again is better never
-// brought in. Below, the next micro-batch finds it there.
-int64_t streaming_bytes() {
-  static const int64_t bytes = [] {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-    const int64_t cache = 0;
-#endif
-    return std::max(int64_t{1} << 26, cache);
-  }();
-  return bytes;
-}
+// Bytes of main_grad from which overwriting streams: what leaves a core's share of the caches before it is read again
+// is better never brought in. A constant: what systems report as their last cache is at times that of other cores.
+constexpr int64_t kStreamingBytes = int64_t{1} << 26;
 
 void accumulate_table(Tensor table_tensor, int64_t dtype_code, std::optional<Tensor> partials, bool overwrite) {
   const Table table("accumulate_", table_tensor, 2);
@@ -57,9 +45,9 @@ void accumulate_table(Tensor table_tensor, int64_t dtype_code, std::optional<Ten
   }
   const int64_t item = item_size(dtype);
   const int64_t main_bytes = table.elements() * static_cast<int64_t>(sizeof(float));
-  const Fold fold = !overwrite                        ? Fold::kAdd
-                    : main_bytes >= streaming_bytes() ? Fold::kOverwriteStreaming
-                                                      : Fold::kOverwrite;
+  const Fold fold = !overwrite                      ? Fold::kAdd
+                    : main_bytes >= kStreamingBytes ? Fold::kOverwriteStreaming
+                                                    : Fold::kOverwrite;
   const auto accumulate = kernels().accumulate;
   table.for_each_range([&](int64_t begin, int64_t end) {
     table.walk(begin, end, [&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cycle, step
+from bench import accumulate, cycle, step
 from bench.cases import CASES
 from bench.harness import Report, Triad, interleave
 from bench.table import readme_table
@@ -38,7 +38,7 @@ def test_cases_are_what_they_say():
     assert sum(sizes["large_8x4096x4096"]) == 8 * 4096**2
 
 
-@pytest.mark.parametrize("suite", [step, cycle], ids=["step", "cycle"])
+@pytest.mark.parametrize("suite", [step, cycle, accumulate], ids=["step", "cycle", "accumulate"])
 def test_a_suite_runs_and_writes_records(suite, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(suite, "CASES", {"tiny": lambda: [(100,), (5000, 3)]})
     monkeypatch.setattr(suite, "Triad", lambda device: Triad(device, 1 << 14))
