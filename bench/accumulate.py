@@ -1,4 +1,4 @@
-"""Suite ``accumulate``: micro-batches folded into fp32 gradients: alone, with the norm, and with the step after them."""
+"""Suite ``accumulate``: micro-batches folded into fp32 gradients: alone, with their norm, and up to the step."""
 
 from __future__ import annotations
 
