@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 
 import torch
 
-from . import cycle, state8, step
 from .harness import Report
 
-SUITES = {"step": step.run, "cycle": cycle.run, "state8": state8.run}
+SUITES = ("accumulate", "cycle", "state8", "step")
 
 
 def main() -> None:
     """Run one suite and write its records."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--json", metavar="FILE", help="write the records here")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds, at least 7 (default 9)")
@@ -25,7 +25,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU; use --device cpu")
     report = Report(args.suite, torch.device(args.device))
-    SUITES[args.suite](report, args.rounds)
+    importlib.import_module(f"bench.{args.suite}").run(report, args.rounds)
     report.write(args.json)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 import gradkern as gk
-from gradkern import functional
-from gradkern.ops._table import AddressTable
 
+from . import accumulate
 from .cases import CASES
 from .harness import Report, Triad, interleave
 from .systems import MAX_NORM, Replica, clip_step_systems
@@ -25,7 +22,7 @@ def run(report: Report, rounds: int) -> None:
     for case, shapes in CASES.items():
         _clip_step(report, case, shapes(), rounds)
         for dtype in (torch.float32, torch.bfloat16):
-            _accumulate(report, case, shapes(), dtype, rounds)
+            accumulate.parts(report, case, shapes(), dtype, Triad(report.device), rounds)
         _whole_cycle(report, case, shapes(), rounds)
 
 
@@ -35,35 +32,6 @@ def _clip_step(report: Report, case: str, shapes: list[tuple[int, ...]], rounds:
     report.add_times(case, "clip_step", timings, systems)
     for other in list(systems)[1:]:
         report.add_ratio(case, "clip_step_speedup", timings, other, "gradkern")
-
-
-def _accumulate(report: Report, case: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, rounds: int) -> None:
-    replica = Replica(shapes, report.device)
-    main_grads = [p.grad for p in replica.params]
-    grads = [g.to(dtype, copy=True) for g in main_grads]
-    partials = functional.new_partials(main_grads)
-    plain, normed = AddressTable(), AddressTable()
-
-    def torch_add() -> None:
-        for main_grad, grad in zip(main_grads, grads, strict=True):
-            main_grad.add_(grad)
-        nn.utils.get_total_norm(main_grads)
-
-    systems: dict[str, Callable[[], object]] = {
-        "gradkern": lambda: functional.accumulate_(main_grads, grads, cache=plain),
-        "gradkern + norm": lambda: functional.accumulate_(main_grads, grads, partials, cache=normed),
-        "torch add_ + get_total_norm": torch_add,
-    }
-    triad = Triad(report.device)
-    timings = interleave({**systems, **triad.systems()}, report.device, rounds=rounds)
-    name = f"accumulate_{str(dtype).removeprefix('torch.')}"
-    report.add_times(case, name, timings, systems)
-    report.add_ratio(case, f"{name}_norm_cost", timings, "gradkern + norm", "gradkern")
-    report.add_ratio(case, f"{name}_speedup", timings, "torch add_ + get_total_norm", "gradkern + norm")
-    bandwidth = replica.numel * (8 + dtype.itemsize) / min(timings["gradkern"])
-    report.add(case, "triad", f"{name}_bandwidth", triad.bandwidth(timings) / 1e9, "GB/s")
-    report.add(case, "gradkern", f"{name}_bandwidth", bandwidth / 1e9, "GB/s")
-    report.add(case, "gradkern", f"{name}_share_of_triad", 100 * bandwidth / triad.bandwidth(timings), "%")
 
 
 def _whole_cycle(report: Report, case: str, shapes: list[tuple[int, ...]], rounds: int) -> None:

@@ -31,6 +31,10 @@ void sumsq_table(Tensor table_tensor, int64_t operand, int64_t dtype_code, Tenso
   });
 }
 
+// Bytes of main_grad from which overwriting streams: what leaves a core's share of the caches before it is read again
+// is better never brought in. A constant: what systems report as their last cache is at times that of other cores.
+constexpr int64_t kStreamingBytes = int64_t{1} << 26;
+
 void accumulate_table(Tensor table_tensor, int64_t dtype_code, std::optional<Tensor> partials, bool overwrite) {
   const Table table("accumulate_", table_tensor, 2);
   const DType dtype = checked_dtype("accumulate_", dtype_code);
@@ -40,10 +44,19 @@ void accumulate_table(Tensor table_tensor, int64_t dtype_code, std::optional<Ten
     out = static_cast<double*>(partials->mutable_data_ptr());
   }
   const int64_t item = item_size(dtype);
+  const int64_t main_bytes = table.elements() * static_cast<int64_t>(sizeof(float));
+  const Fold fold = !overwrite                      ? Fold::kAdd
+                    : main_bytes >= kStreamingBytes ? Fold::kOverwriteStreaming
+                                                    : Fold::kOverwrite;
   const auto accumulate = kernels().accumulate;
-  table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
-    accumulate(reinterpret_cast<float*>(table.address(row, 0)) + offset, table.address(row, 1) + offset * item, dtype,
-               size, overwrite, out == nullptr ? nullptr : out + chunk);
+  table.for_each_range([&](int64_t begin, int64_t end) {
+    table.walk(begin, end, [&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
+      accumulate(reinterpret_cast<float*>(table.address(row, 0)) + offset, table.address(row, 1) + offset * item, dtype,
+                 size, fold, out == nullptr ? nullptr : out + chunk);
+    });
+    if (fold == Fold::kOverwriteStreaming) {
+      finish_streaming();
+    }
   });
 }
 

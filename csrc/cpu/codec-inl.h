@@ -29,9 +29,9 @@ constexpr int64_t kPrefetchBytes = 4096;
 template <class T>
 constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
 
-GRADKERN_INLINE void prefetch(const void* p) {
+GRADKERN_INLINE void prefetch(const void* p, int64_t ahead = kPrefetchBytes) {
   if (F32::kLanes >= 8) {
-    __builtin_prefetch(static_cast<const char*>(p) + kPrefetchBytes, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(p) + ahead, 0, 2);
   }
 }
 

@@ -23,7 +23,7 @@
 #if defined(__x86_64__)
 
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,f16c,fma")
 #define GRADKERN_ISA avx2
 #define GRADKERN_VEC "vec_avx2-inl.h"
 #include "foreach_isa.inc"
@@ -32,7 +32,7 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx2,f16c,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #define GRADKERN_ISA avx512
 #define GRADKERN_VEC "vec_avx512-inl.h"
 #include "foreach_isa.inc"
@@ -61,7 +61,8 @@ struct Isa {
 
 Isa choose() {
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Isa candidates[] = {
@@ -96,5 +97,11 @@ const Isa& chosen() {
 const char* isa_name() { return chosen().name; }
 
 const KernelTable& kernels() { return *chosen().table; }
+
+void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 }  // namespace gradkern

@@ -12,6 +12,10 @@ enum class DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// What accumulation does with main_grad. Streaming stores overwrite it without first reading its lines into the cache,
+// and leave it out of the cache; finish_streaming() orders them.
+enum class Fold { kAdd, kOverwrite, kOverwriteStreaming };
+
 // How a parameter is stored beside the bits that its dtype has no room for; gradkern.ops._step.codecs.ParamCodec.
 enum class ParamCodec : int64_t {
   kFloat32 = 0,

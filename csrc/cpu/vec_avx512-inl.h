@@ -141,6 +141,8 @@ struct Squares {
     lo = _mm512_mul_pd(lo, lo);
     hi = _mm512_mul_pd(hi, hi);
   }
+  GRADKERN_INLINE Squares(__m512d low, __m512d high) : lo(low), hi(high) {}
+  static GRADKERN_INLINE Squares load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.lo = _mm512_add_pd(lo, o.lo);
     o.hi = _mm512_add_pd(hi, o.hi);
@@ -148,11 +150,8 @@ struct Squares {
   }
   // The one fused multiply-add: the product is exact in double, so that it rounds where an addition would.
   GRADKERN_INLINE Squares plus_square(const float* p) const {
-    Squares o = *this;
     const __m512d a = _mm512_cvtps_pd(_mm256_loadu_ps(p)), b = _mm512_cvtps_pd(_mm256_loadu_ps(p + 8));
-    o.lo = _mm512_fmadd_pd(a, a, lo);
-    o.hi = _mm512_fmadd_pd(b, b, hi);
-    return o;
+    return {_mm512_fmadd_pd(a, a, lo), _mm512_fmadd_pd(b, b, hi)};
   }
   GRADKERN_INLINE void store(double* p) const {
     _mm512_storeu_pd(p, lo);

@@ -120,6 +120,8 @@ struct Squares {
     lo = vmulq_f64(lo, lo);
     hi = vmulq_f64(hi, hi);
   }
+  GRADKERN_INLINE Squares(float64x2_t low, float64x2_t high) : lo(low), hi(high) {}
+  static GRADKERN_INLINE Squares load(const double* p) { return {vld1q_f64(p), vld1q_f64(p + 2)}; }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.lo = vaddq_f64(lo, o.lo);
     o.hi = vaddq_f64(hi, o.hi);

@@ -155,6 +155,8 @@ struct U32 {
 struct Squares {
   double v;
   explicit GRADKERN_INLINE Squares(const float* p) : v(static_cast<double>(*p) * static_cast<double>(*p)) {}
+  explicit GRADKERN_INLINE Squares(double sum) : v(sum) {}
+  static GRADKERN_INLINE Squares load(const double* p) { return Squares(*p); }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.v = v + o.v;
     return o;

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cycle, peers, state8, step
+from bench import accumulate, cycle, peers, state8, step
 from bench.cases import CASES
 from bench.harness import Report, Triad, interleave
 from bench.state8 import held_bytes
@@ -49,18 +49,7 @@ def test_cases_are_what_they_say():
     }
 
 
-@pytest.mark.parametrize(
-    "suite",
-    [
-        pytest.param(step, id="step"),
-        pytest.param(cycle, id="cycle"),
-        pytest.param(
-            state8,
-            id="state8",
-            marks=pytest.mark.xfail(raises=TypeError, reason="gk.AdamW does not take state='int8' yet"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("suite", [step, cycle, accumulate, state8], ids=lambda suite: suite.__name__)
 def test_a_suite_runs_and_writes_records(suite, monkeypatch, tmp_path, capsys):
     # Peers warn and log on import, and import far more than themselves: they have tests in processes of their own.
     monkeypatch.setattr(peers, "usable", lambda makers, device: {})

@@ -51,7 +51,7 @@ def _has(isa: str) -> bool:
         return True
     with open("/proc/cpuinfo") as info:
         flags = info.read()
-    return {"avx2": "avx2 " in flags and "f16c" in flags, "avx512": "avx512vl" in flags}[isa]
+    return {"avx2": all(f"{name} " in flags for name in ("avx2", "f16c", "fma")), "avx512": "avx512vl" in flags}[isa]
 
 
 @needs_native
@@ -97,6 +97,50 @@ def test_bits_do_not_depend_on_alignment(offset):
     functional.accumulate_([moved], [shifted])
     functional.accumulate_([base], [grads])
     assert same_bits(moved, base)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", range(1, 9))
+def test_the_tree_is_the_same_where_the_last_groups_of_a_chunk_are_absent(groups, dtype):
+    # Groups of 512 join their tree as they come; what is then left of it differs with how many there are.
+    for numel in (512 * groups, 512 * groups - 7, 4096 + 512 * groups - 1):
+        grad = random_values(numel, dtype, seed=groups)
+        start = random_values(numel, torch.float32, seed=-groups)
+        results = []
+        for backend in ("native", "reference"):
+            main_grad = start.clone()
+            partials = functional.new_partials([main_grad])
+            with gk.use_backend(backend):
+                functional.accumulate_([main_grad], [grad], partials)
+                results.append([main_grad, partials, functional.sumsq([grad])])
+        assert all(map(same_bits, *results)), numel
+
+
+@needs_native
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_lists_are_overwritten_past_the_cache_with_the_same_bits(dtype, with_norm):
+    # 64 MiB of fp32 and more are written with streaming stores, where an address allows them: the second tensor's does
+    # not, and the third ends within a vector.
+    sizes = (1 << 23, (1 << 23) - 4096, 10_003)
+    memory = torch.full((sum(sizes) + 64,), float("nan"))
+    main_grads, begin = [], 0
+    for size, shift in zip(sizes, (0, 3, 13), strict=True):
+        main_grads.append(memory[begin + shift : begin + shift + size])
+        begin += shift + size
+    assert 4 * sum(sizes) >= 1 << 26
+    assert main_grads[1].data_ptr() % 32 != 0
+    values = random_values(sizes[0], dtype, seed=3)
+    grads = [values[:size] for size in sizes]
+    partials = functional.new_partials(main_grads) if with_norm else None
+    with gk.use_backend("native"):
+        functional.accumulate_(main_grads, grads, partials, overwrite=True)
+        if partials is not None:
+            assert same_bits(partials, functional.sumsq(grads))
+    for main_grad, grad in zip(main_grads, grads, strict=True):
+        assert same_bits(main_grad, grad.float())
+    assert memory.isnan().sum() == 64
 
 
 def test_channels_last_is_summed_in_memory_order():
