@@ -53,19 +53,29 @@ struct Table {
     return low;
   }
 
-  // Calls body(row, chunk, offset, size) for every chunk, in parallel. Rows without elements have no chunk.
+  // Calls body(row, chunk, offset, size) for the chunks from `begin` to `end`. Rows without elements have no chunk.
+  template <class Body>
+  void walk(int64_t begin, int64_t end, const Body& body) const {
+    int64_t row = row_of(begin);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      while (chunk >= first_chunk(row) + row_chunks(row)) {
+        ++row;
+      }
+      const int64_t offset = (chunk - first_chunk(row)) * kChunk;
+      body(row, chunk, offset, std::min(kChunk, size(row) - offset));
+    }
+  }
+
+  // Calls body(begin, end) for ranges of chunks, in parallel.
+  template <class Body>
+  void for_each_range(const Body& body) const {
+    torch::stable::parallel_for(0, chunks(), grain(), body);
+  }
+
+  // Calls body(row, chunk, offset, size) for every chunk, in parallel.
   template <class Body>
   void for_each_chunk(const Body& body) const {
-    torch::stable::parallel_for(0, chunks(), grain(), [&](int64_t begin, int64_t end) {
-      int64_t row = row_of(begin);
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        while (chunk >= first_chunk(row) + row_chunks(row)) {
-          ++row;
-        }
-        const int64_t offset = (chunk - first_chunk(row)) * kChunk;
-        body(row, chunk, offset, std::min(kChunk, size(row) - offset));
-      }
-    });
+    for_each_range([&](int64_t begin, int64_t end) { walk(begin, end, body); });
   }
 };
 

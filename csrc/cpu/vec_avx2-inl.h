@@ -47,16 +47,20 @@ struct F32 {
 // Squares of kLanes floats in memory, exact in double. Widened from memory, which needs no shuffle.
 struct Squares {
   __m256d lo, hi;
+  Squares() = default;
   explicit GRADKERN_INLINE Squares(const float* p)
       : lo(_mm256_cvtps_pd(_mm_loadu_ps(p))), hi(_mm256_cvtps_pd(_mm_loadu_ps(p + 4))) {
     lo = _mm256_mul_pd(lo, lo);
     hi = _mm256_mul_pd(hi, hi);
   }
+  GRADKERN_INLINE Squares(__m256d low, __m256d high) : lo(low), hi(high) {}
+  static GRADKERN_INLINE Squares all(double x) { return {_mm256_set1_pd(x), _mm256_set1_pd(x)}; }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.lo = _mm256_add_pd(lo, o.lo);
     o.hi = _mm256_add_pd(hi, o.hi);
     return o;
   }
+  GRADKERN_INLINE Squares operator-(Squares o) const { return {_mm256_sub_pd(lo, o.lo), _mm256_sub_pd(hi, o.hi)}; }
   GRADKERN_INLINE Squares plus_square(const float* p) const { return *this + Squares(p); }
   GRADKERN_INLINE void store(double* p) const {
     _mm256_storeu_pd(p, lo);

@@ -76,7 +76,11 @@ struct F32 {
 // Squares of kLanes floats in memory, exact in double.
 struct Squares {
   double v;
+  Squares() = default;
   explicit GRADKERN_INLINE Squares(const float* p) : v(static_cast<double>(*p) * static_cast<double>(*p)) {}
+  explicit GRADKERN_INLINE Squares(double x) : v(x) {}
+  static GRADKERN_INLINE Squares all(double x) { return Squares(x); }
+  GRADKERN_INLINE Squares operator-(Squares o) const { return Squares(v - o.v); }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.v = v + o.v;
     return o;
