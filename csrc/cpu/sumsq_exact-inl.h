@@ -6,9 +6,8 @@
 // stay exact because m is chosen from the exponents that the chunk really has: a bin keeps 52 - log2(additions) bits.
 // Bins are those of Demmel, Ahrens & Nguyen (ReproBLAS), used here for an exact sum and not for a reproducible rounding.
 
-constexpr int64_t kColumns = F32::kLanes < 4 ? 8 : 2 * F32::kLanes;  // independent sums, for the latency of an addition
-constexpr int64_t kParts = kColumns / F32::kLanes;
-constexpr int kAddsLog2 = kColumns == 8 ? 9 : kColumns == 16 ? 8 : 7;  // additions to one sum, at most
+constexpr int64_t kColumns = 2 * F32::kLanes;  // independent sums
+constexpr int kAddsLog2 = kColumns == 2 ? 11 : kColumns == 8 ? 9 : kColumns == 16 ? 8 : 7;  // additions to one, at most
 static_assert((kColumns << kAddsLog2) == kChunk, "kAddsLog2 is the logarithm of the additions to one sum");
 
 constexpr int64_t kInfWord = 22;
@@ -47,45 +46,66 @@ GRADKERN_INLINE uint32_t magnitude_bits(const float* x) {
 // m is therefore smaller by 52 - kAddsLog2; the last holds 2^53 units of 2^(2 smallest - 46).
 constexpr int widest_range(int bins) { return (57 - 2 * kAddsLog2 + (bins - 2) * (52 - kAddsLog2)) / 2; }
 
+// A bin and the kFiner bins below it. Nested rather than an array, which the compiler would keep in memory.
+template <int kFiner>
+struct Bins {
+  Squares sum;
+  Bins<kFiner - 1> finer;
+
+  GRADKERN_INLINE void start(int m) {
+    sum = Squares::all(1.5 * power_of_two(m));
+    finer.start(m - (52 - kAddsLog2));
+  }
+  GRADKERN_INLINE void add(Squares x) {
+    const Squares next = sum + x;
+    finer.add(x - (next - sum));
+    sum = next;
+  }
+  GRADKERN_INLINE void store(double* columns) const {
+    sum.store(columns);
+    finer.store(columns + F32::kLanes);
+  }
+};
+
+template <>
+struct Bins<0> {
+  Squares sum;
+
+  GRADKERN_INLINE void start(int) { sum = Squares::all(0.0); }
+  GRADKERN_INLINE void add(Squares x) { sum = sum + x; }
+  GRADKERN_INLINE void store(double* columns) const { sum.store(columns); }
+};
+
 // Sums `size` squares, a multiple of kColumns, whose exponents lie between `smallest` and `largest`. While it computes,
-// it asks for the next chunk, which lies at `next`.
+// it asks for the chunk that lies at `next`.
 template <int kBins>
 inline void sum_in_bins(const float* x, int64_t size, int smallest, int largest, const char* next, int64_t next_bytes,
                         int64_t* words) {
-  Squares sums[kBins][kParts];
-  for (int bin = 0; bin < kBins; ++bin) {
-    const int m = 2 * largest + 3 + kAddsLog2 - bin * (52 - kAddsLog2);
-    for (int64_t part = 0; part < kParts; ++part) {
-      sums[bin][part] = Squares::all(bin + 1 < kBins ? 1.5 * power_of_two(m) : 0.0);
-    }
-  }
+  const int first = 2 * largest + 3 + kAddsLog2;
+  Bins<kBins - 1> even;
+  Bins<kBins - 1> odd;
+  even.start(first);
+  odd.start(first);
   for (int64_t i = 0; i < size; i += kColumns) {
     if (F32::kLanes >= 8 && i * 4 < next_bytes) {
       __builtin_prefetch(next + i * 4, 0, 2);
     }
-    for (int64_t part = 0; part < kParts; ++part) {
-      Squares rest(x + i + part * F32::kLanes);
-      for (int bin = 0; bin + 1 < kBins; ++bin) {
-        const Squares sum = sums[bin][part] + rest;
-        rest = rest - (sum - sums[bin][part]);
-        sums[bin][part] = sum;
-      }
-      sums[kBins - 1][part] = sums[kBins - 1][part] + rest;
-    }
+    even.add(Squares(x + i));
+    odd.add(Squares(x + i + F32::kLanes));
   }
+  double columns[2][kBins][F32::kLanes];
+  even.store(columns[0][0]);
+  odd.store(columns[1][0]);
   for (int bin = 0; bin < kBins; ++bin) {
-    const int m = 2 * largest + 3 + kAddsLog2 - bin * (52 - kAddsLog2);
     const bool last = bin + 1 == kBins;
+    const int m = first - bin * (52 - kAddsLog2);
     const int unit = last ? 2 * smallest - 46 : m - 52;
     const double start = last ? 0.0 : 1.5 * power_of_two(m);
     const double scale = power_of_two(-unit);
-    double columns[kColumns];
-    for (int64_t part = 0; part < kParts; ++part) {
-      sums[bin][part].store(columns + part * F32::kLanes);
-    }
     int64_t value = 0;
-    for (int64_t column = 0; column < kColumns; ++column) {
-      value += static_cast<int64_t>((columns[column] - start) * scale);
+    for (int64_t column = 0; column < F32::kLanes; ++column) {
+      value += static_cast<int64_t>((columns[0][bin][column] - start) * scale);
+      value += static_cast<int64_t>((columns[1][bin][column] - start) * scale);
     }
     add_to_words(value, unit + 352, words);
   }
