@@ -39,8 +39,8 @@ void sumsq_exact_table(Tensor table_tensor, int64_t operand, int64_t dtype_code,
                   "sumsq_exact: operand must be a column of the table, got ", operand);
   STD_TORCH_CHECK(limbs.numel() == ExactSquares::kWords && limbs.is_contiguous() &&
                       limbs.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "sumsq_exact: limbs must be a contiguous int64 tensor of ", ExactSquares::kWords,
-                  " elements, got ", limbs.numel(), " elements or another dtype");
+                  "sumsq_exact: limbs must be a contiguous int64 tensor of ", ExactSquares::kWords, " elements, got ",
+                  limbs.numel(), " elements or another dtype");
   const Table table("sumsq_exact", table_tensor, table_tensor.size(1) - 2);
   const DType dtype = checked_dtype("sumsq_exact", dtype_code);
   const int64_t item = item_size(dtype);

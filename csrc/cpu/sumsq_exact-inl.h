@@ -4,9 +4,10 @@
 // before), the part of x that S + x keeps is (S + x) - S, and x minus that part is exact too (Dekker's fast two-sum,
 // |S| >= |x|). What S does not keep goes to the next, finer bin; the last bin only has to hold what is left. All bins
 // stay exact because m is chosen from the exponents that the chunk really has: a bin keeps 52 - log2(additions) bits.
-// Bins are those of Demmel, Ahrens & Nguyen (ReproBLAS), used here for an exact sum and not for a reproducible rounding.
+// Bins are those of Demmel, Ahrens & Nguyen (ReproBLAS), used here for an exact sum and not for a reproducible
+// rounding.
 
-constexpr int64_t kColumns = 2 * F32::kLanes;  // independent sums
+constexpr int64_t kColumns = 2 * F32::kLanes;                                               // independent sums
 constexpr int kAddsLog2 = kColumns == 2 ? 11 : kColumns == 8 ? 9 : kColumns == 16 ? 8 : 7;  // additions to one, at most
 static_assert((kColumns << kAddsLog2) == kChunk, "kAddsLog2 is the logarithm of the additions to one sum");
 
@@ -41,10 +42,13 @@ GRADKERN_INLINE uint32_t magnitude_bits(const float* x) {
   return bits & 0x7FFFFFFFu;
 }
 
-// The widest range of exponents, largest minus smallest, that kBins bins sum exactly. Squares below 2^(2 largest + 2)
-// leave the first bin at m = 2 largest + 3 + kAddsLog2; each bin leaves at most 2^(m - 53) of a square to the next, whose
-// m is therefore smaller by 52 - kAddsLog2; the last holds 2^53 units of 2^(2 smallest - 46).
-constexpr int widest_range(int bins) { return (57 - 2 * kAddsLog2 + (bins - 2) * (52 - kAddsLog2)) / 2; }
+// The widest range of exponents, largest minus smallest, that so many bins sum exactly, for significands of
+// `fraction_bits` behind the point. Squares below 2^(2 largest + 2) put the first bin at m = 2 largest + 3 + kAddsLog2;
+// each bin leaves at most 2^(m - 53) of a square to the next, whose m is therefore smaller by 52 - kAddsLog2; the last
+// holds 2^53 units of 2^(2 (smallest - fraction_bits)).
+GRADKERN_INLINE int widest_range(int bins, int fraction_bits) {
+  return (103 - 2 * fraction_bits - 2 * kAddsLog2 + (bins - 2) * (52 - kAddsLog2)) / 2;
+}
 
 // A bin and the kFiner bins below it. Nested rather than an array, which the compiler would keep in memory.
 template <int kFiner>
@@ -76,10 +80,10 @@ struct Bins<0> {
   GRADKERN_INLINE void store(double* columns) const { sum.store(columns); }
 };
 
-// Sums `size` squares, a multiple of kColumns, whose exponents lie between `smallest` and `largest`. While it computes,
-// it asks for the chunk that lies at `next`.
+// Sums `size` squares, a multiple of kColumns, of values below 2^(largest + 1) that are multiples of 2^lowest_bit.
+// While it computes, it asks for the chunk that lies at `next`.
 template <int kBins>
-inline void sum_in_bins(const float* x, int64_t size, int smallest, int largest, const char* next, int64_t next_bytes,
+inline void sum_in_bins(const float* x, int64_t size, int lowest_bit, int largest, const char* next, int64_t next_bytes,
                         int64_t* words) {
   const int first = 2 * largest + 3 + kAddsLog2;
   Bins<kBins - 1> even;
@@ -99,7 +103,7 @@ inline void sum_in_bins(const float* x, int64_t size, int smallest, int largest,
   for (int bin = 0; bin < kBins; ++bin) {
     const bool last = bin + 1 == kBins;
     const int m = first - bin * (52 - kAddsLog2);
-    const int unit = last ? 2 * smallest - 46 : m - 52;
+    const int unit = last ? 2 * lowest_bit : m - 52;
     const double start = last ? 0.0 : 1.5 * power_of_two(m);
     const double scale = power_of_two(-unit);
     int64_t value = 0;
@@ -133,7 +137,8 @@ inline void sum_by_exponent(const float* x, int64_t size, int64_t* words) {
   }
 }
 
-inline void sumsq_exact_values(const float* x, int64_t size, const char* next, int64_t next_bytes, int64_t* words) {
+inline void sumsq_exact_values(const float* x, int64_t size, int fraction_bits, const char* next, int64_t next_bytes,
+                               int64_t* words) {
   uint32_t largest = 0;
   uint32_t smallest = 0xFFFFFFFFu;
   for (int64_t i = 0; i < size; ++i) {
@@ -148,14 +153,16 @@ inline void sumsq_exact_values(const float* x, int64_t size, const char* next, i
   const int low = static_cast<int>((smallest + 1u) >> 23);
   const int top = (high == 0 ? 1 : high) - 127;
   const int bottom = (low == 0 ? 1 : low) - 127;
-  if (largest >= kInfBits || top - bottom > widest_range(4)) {
+  if (largest >= kInfBits || top - bottom > widest_range(4, fraction_bits)) {
     sum_by_exponent(x, size, words);
-  } else if (top - bottom <= widest_range(2)) {
-    sum_in_bins<2>(x, size, bottom, top, next, next_bytes, words);
-  } else if (top - bottom <= widest_range(3)) {
-    sum_in_bins<3>(x, size, bottom, top, next, next_bytes, words);
+  } else if (top - bottom <= widest_range(1, fraction_bits)) {  // never for fp32
+    sum_in_bins<1>(x, size, bottom - fraction_bits, top, next, next_bytes, words);
+  } else if (top - bottom <= widest_range(2, fraction_bits)) {
+    sum_in_bins<2>(x, size, bottom - fraction_bits, top, next, next_bytes, words);
+  } else if (top - bottom <= widest_range(3, fraction_bits)) {
+    sum_in_bins<3>(x, size, bottom - fraction_bits, top, next, next_bytes, words);
   } else {
-    sum_in_bins<4>(x, size, bottom, top, next, next_bytes, words);
+    sum_in_bins<4>(x, size, bottom - fraction_bits, top, next, next_bytes, words);
   }
 }
 
@@ -163,12 +170,16 @@ void sumsq_exact_loop(DType dtype, const void* src, int64_t size, int64_t* words
   const int64_t bytes = size * item_size(dtype);
   const char* next = static_cast<const char*>(src) + bytes;
   if (dtype == DType::kFloat32 && size % kColumns == 0) {
-    sumsq_exact_values(static_cast<const float*>(src), size, next, bytes, words);
+    sumsq_exact_values(static_cast<const float*>(src), size, 23, next, bytes, words);
     return;
   }
   alignas(64) float values[kChunk];
   const int64_t padded = (size + kColumns - 1) / kColumns * kColumns;
   __builtin_memset(values + padded - kColumns, 0, kColumns * sizeof(float));
   decode(dtype, src, size, values);
-  sumsq_exact_values(values, padded, next, bytes, words);
+  sumsq_exact_values(values, padded,
+                     dtype == DType::kBFloat16  ? 7
+                     : dtype == DType::kFloat16 ? 10
+                                                : 23,
+                     next, bytes, words);
 }

@@ -25,10 +25,13 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"{dtype}", ([random_values(n, dtype, seed=n) for n in SIZES],), {})
         yield Sample(f"{dtype} edges", ([edge_values(n, dtype) for n in SIZES],), {})
         yield Sample(f"{dtype} finite edges", ([edge_values(n, dtype, finite=True) for n in SIZES],), {})
-    # Around the widths at which the native loop takes one bin more: 20 to 23, 42 to 45, 61 to 68.
-    for exponents in (1, 20, 21, 22, 23, 42, 43, 44, 45, 61, 64, 66, 68, 250):
+    # Around the widths at which a native loop takes one bin more, of fp32 (17 to 22, 38 to 44, 58 to 67, by instruction
+    # set) and of bf16 (16 more, and 13 to 15); and beyond all of them.
+    for exponents in (1, 17, 18, 19, 20, 21, 22, 38, 39, 42, 43, 44, 58, 59, 64, 66, 68, 250):
         tensors = [_spread(4096, exponents, 127), _spread(77, exponents, exponents - 126)]
         yield Sample(f"{exponents} exponents", (tensors,), {})
+    for exponents in (1, 13, 14, 15, 16, 33, 34, 36, 37, 54, 55, 58, 59, 74, 75, 80, 81, 83):
+        yield Sample(f"bf16 {exponents} exponents", ([_spread(4096, exponents, 127).bfloat16()],), {})
     info = torch.finfo(torch.float32)
     for name, value in {"largest": info.max, "smallest": 2.0**-149, "normal": info.tiny, "one": 1 - 2.0**-24}.items():
         yield Sample(f"{name} values", ([torch.full((8192,), value), torch.full((3,), -value)],), {})
