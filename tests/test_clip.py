@@ -12,7 +12,6 @@ from torch import nn
 import gradkern as gk
 from gradkern.testing import same_bits
 
-
 ORDERS = [2.0, 1, math.inf, "inf", 3.0, 0.5, 0, -math.inf, -1.0]
 
 
@@ -101,7 +100,7 @@ def test_no_order_overflows_where_the_norm_does_not():
 
 
 def test_any_cut_refuses_what_it_cannot_keep():
-    with pytest.raises(ValueError, match="any_cut is for the L2 norm, got norm_type 1.0, expected 2"):
+    with pytest.raises(ValueError, match=r"any_cut is for the L2 norm, got norm_type 1\.0, expected 2"):
         gk.get_total_norm([torch.ones(3)], 1, any_cut=True)
     with pytest.raises(ValueError, match=r"number 1 is a Tensor of torch.float64"):
         gk.get_total_norm([torch.ones(3), torch.ones(3, dtype=torch.float64)], any_cut=True)

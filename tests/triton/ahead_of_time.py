@@ -24,7 +24,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 FORBIDDEN = re.compile(r"\b(?:fma[.\w]*|\w+\.approx[.\w]*|\w+\.full[.\w]*|\w+\.ftz[.\w]*)")
 # Of fp32, of fp64, or a maximum of bits: addresses need none of them.
 ARITHMETIC = re.compile(r"\b(?:(?:add|mul)\.(?:rn\.)?f(?:32|64)|max\.[su]32)")
-# A chunk is one pass of a folding kernel and two of one with more in its registers, whose loop body the code holds once.
+# A chunk is one pass, or two of a kernel that holds more in its registers; the code has the body of that loop once.
 PASSES = {"sumsq": 1, "sumsq_exact": 2, "abs_norm": 1, "accumulate_": 1, "adamw_step_": 2, "step_scalars_": 1}
 
 

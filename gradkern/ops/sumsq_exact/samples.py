@@ -24,7 +24,6 @@ def samples() -> Iterator[Sample]:
     for dtype in DTYPE_CODES:
         yield Sample(f"{dtype}", ([random_values(n, dtype, seed=n) for n in SIZES],), {})
         yield Sample(f"{dtype} edges", ([edge_values(n, dtype) for n in SIZES],), {})
-        yield Sample(f"{dtype} finite edges", ([edge_values(n, dtype, finite=True) for n in SIZES],), {})
     # Around the widths at which a native loop takes one bin more, of fp32 (17 to 22, 38 to 44, 58 to 67, by instruction
     # set) and of bf16 (16 more, and 13 to 15); and beyond all of them.
     for exponents in (1, 17, 18, 19, 20, 21, 22, 38, 39, 42, 43, 44, 58, 59, 64, 66, 68, 250):
