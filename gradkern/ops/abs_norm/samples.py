@@ -16,7 +16,7 @@ def samples() -> Iterator[Sample]:
     for maximum in (False, True):
         for dtype in DTYPE_CODES:
             kwargs = {"maximum": maximum}
-            yield Sample(f"{dtype} {maximum=} edges", ([edge_values(n, dtype) for n in SIZES],), kwargs)
             finite = [edge_values(n, dtype, finite=True) for n in SIZES]
             yield Sample(f"{dtype} {maximum=} finite edges", (finite,), kwargs)
+            yield Sample(f"{dtype} {maximum=} edges", ([edge_values(n, dtype) for n in SIZES],), kwargs)
         yield Sample(f"empty list {maximum=}", ([],), {"maximum": maximum})
