@@ -30,6 +30,9 @@ inline double abs_max(const float* values, int64_t size) {
 }
 
 double abs_norm_loop(DType dtype, const void* src, int64_t size, bool maximum) {
+  if (size == 0) {
+    return 0.0;
+  }
   alignas(64) float decoded[kChunk];
   const auto* values = static_cast<const float*>(src);
   const int64_t groups = (size + kGroup - 1) / kGroup;
@@ -39,9 +42,6 @@ double abs_norm_loop(DType dtype, const void* src, int64_t size, bool maximum) {
     }
     decode(dtype, src, size, decoded);
     values = decoded;
-  }
-  if (size == 0) {
-    return 0.0;
   }
   return maximum ? abs_max(values, size) : abs_sum(values, groups);
 }

@@ -7,9 +7,10 @@
 // Bins are those of Demmel, Ahrens & Nguyen (ReproBLAS), used here for an exact sum and not for a reproducible
 // rounding.
 
-constexpr int64_t kColumns = 2 * F32::kLanes;                                               // independent sums
-constexpr int kAddsLog2 = kColumns == 2 ? 11 : kColumns == 8 ? 9 : kColumns == 16 ? 8 : 7;  // additions to one, at most
-static_assert((kColumns << kAddsLog2) == kChunk, "kAddsLog2 is the logarithm of the additions to one sum");
+// Independent sums, and the logarithm of the additions to one of them.
+constexpr int64_t kColumns = 2 * F32::kLanes;
+constexpr int kAddsLog2 = kColumns == 2 ? 11 : kColumns == 8 ? 9 : kColumns == 16 ? 8 : 7;
+static_assert((kColumns << kAddsLog2) == kChunk, "kAddsLog2 must fit kColumns");
 
 constexpr int64_t kInfWord = 22;
 constexpr int64_t kNanWord = 23;
@@ -42,12 +43,16 @@ GRADKERN_INLINE uint32_t magnitude_bits(const float* x) {
   return bits & 0x7FFFFFFFu;
 }
 
+GRADKERN_INLINE int fraction_bits(DType dtype) {
+  return dtype == DType::kFloat32 ? 23 : dtype == DType::kFloat16 ? 10 : 7;
+}
+
 // The widest range of exponents, largest minus smallest, that so many bins sum exactly, for significands of
-// `fraction_bits` behind the point. Squares below 2^(2 largest + 2) put the first bin at m = 2 largest + 3 + kAddsLog2;
+// `fraction` bits behind the point. Squares below 2^(2 largest + 2) put the first bin at m = 2 largest + 3 + kAddsLog2;
 // each bin leaves at most 2^(m - 53) of a square to the next, whose m is therefore smaller by 52 - kAddsLog2; the last
-// holds 2^53 units of 2^(2 (smallest - fraction_bits)).
-GRADKERN_INLINE int widest_range(int bins, int fraction_bits) {
-  return (103 - 2 * fraction_bits - 2 * kAddsLog2 + (bins - 2) * (52 - kAddsLog2)) / 2;
+// holds 2^53 units of 2^(2 (smallest - fraction)).
+GRADKERN_INLINE int widest_range(int bins, int fraction) {
+  return (103 - 2 * fraction - 2 * kAddsLog2 + (bins - 2) * (52 - kAddsLog2)) / 2;
 }
 
 // A bin and the kFiner bins below it. Nested rather than an array, which the compiler would keep in memory.
@@ -137,7 +142,7 @@ inline void sum_by_exponent(const float* x, int64_t size, int64_t* words) {
   }
 }
 
-inline void sumsq_exact_values(const float* x, int64_t size, int fraction_bits, const char* next, int64_t next_bytes,
+inline void sumsq_exact_values(const float* x, int64_t size, int fraction, const char* next, int64_t next_bytes,
                                int64_t* words) {
   uint32_t largest = 0;
   uint32_t smallest = 0xFFFFFFFFu;
@@ -153,16 +158,16 @@ inline void sumsq_exact_values(const float* x, int64_t size, int fraction_bits, 
   const int low = static_cast<int>((smallest + 1u) >> 23);
   const int top = (high == 0 ? 1 : high) - 127;
   const int bottom = (low == 0 ? 1 : low) - 127;
-  if (largest >= kInfBits || top - bottom > widest_range(4, fraction_bits)) {
+  if (largest >= kInfBits || top - bottom > widest_range(4, fraction)) {
     sum_by_exponent(x, size, words);
-  } else if (top - bottom <= widest_range(1, fraction_bits)) {  // never for fp32
-    sum_in_bins<1>(x, size, bottom - fraction_bits, top, next, next_bytes, words);
-  } else if (top - bottom <= widest_range(2, fraction_bits)) {
-    sum_in_bins<2>(x, size, bottom - fraction_bits, top, next, next_bytes, words);
-  } else if (top - bottom <= widest_range(3, fraction_bits)) {
-    sum_in_bins<3>(x, size, bottom - fraction_bits, top, next, next_bytes, words);
+  } else if (top - bottom <= widest_range(1, fraction)) {  // never for fp32
+    sum_in_bins<1>(x, size, bottom - fraction, top, next, next_bytes, words);
+  } else if (top - bottom <= widest_range(2, fraction)) {
+    sum_in_bins<2>(x, size, bottom - fraction, top, next, next_bytes, words);
+  } else if (top - bottom <= widest_range(3, fraction)) {
+    sum_in_bins<3>(x, size, bottom - fraction, top, next, next_bytes, words);
   } else {
-    sum_in_bins<4>(x, size, bottom - fraction_bits, top, next, next_bytes, words);
+    sum_in_bins<4>(x, size, bottom - fraction, top, next, next_bytes, words);
   }
 }
 
@@ -170,16 +175,15 @@ void sumsq_exact_loop(DType dtype, const void* src, int64_t size, int64_t* words
   const int64_t bytes = size * item_size(dtype);
   const char* next = static_cast<const char*>(src) + bytes;
   if (dtype == DType::kFloat32 && size % kColumns == 0) {
-    sumsq_exact_values(static_cast<const float*>(src), size, 23, next, bytes, words);
+    sumsq_exact_values(static_cast<const float*>(src), size, fraction_bits(dtype), next, bytes, words);
+    return;
+  }
+  if (size == 0) {
     return;
   }
   alignas(64) float values[kChunk];
   const int64_t padded = (size + kColumns - 1) / kColumns * kColumns;
   __builtin_memset(values + padded - kColumns, 0, kColumns * sizeof(float));
   decode(dtype, src, size, values);
-  sumsq_exact_values(values, padded,
-                     dtype == DType::kBFloat16  ? 7
-                     : dtype == DType::kFloat16 ? 10
-                                                : 23,
-                     next, bytes, words);
+  sumsq_exact_values(values, padded, fraction_bits(dtype), next, bytes, words);
 }
