@@ -7,8 +7,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <mutex>
 #include <optional>
 
+#include "cpu/exact_squares.h"
 #include "cpu/isa.h"
 #include "cpu/step_scalars.h"
 #include "table.h"
@@ -28,6 +30,44 @@ void sumsq_table(Tensor table_tensor, int64_t operand, int64_t dtype_code, Tenso
   const auto sumsq = kernels().sumsq;
   table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
     out[chunk] = sumsq(dtype, table.address(row, operand) + offset * item, size);
+  });
+}
+
+// As sumsq_table; every thread sums its chunks into words of its own, and the words are added.
+void sumsq_exact_table(Tensor table_tensor, int64_t operand, int64_t dtype_code, Tensor limbs) {
+  STD_TORCH_CHECK(table_tensor.dim() == 2 && operand >= 0 && operand < table_tensor.size(1) - 2,
+                  "sumsq_exact: operand must be a column of the table, got ", operand);
+  STD_TORCH_CHECK(limbs.numel() == ExactSquares::kWords && limbs.is_contiguous() &&
+                      limbs.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "sumsq_exact: limbs must be a contiguous int64 tensor of ", ExactSquares::kWords, " elements, got ",
+                  limbs.numel(), " elements or another dtype");
+  const Table table("sumsq_exact", table_tensor, table_tensor.size(1) - 2);
+  const DType dtype = checked_dtype("sumsq_exact", dtype_code);
+  const int64_t item = item_size(dtype);
+  const auto sumsq_exact = kernels().sumsq_exact;
+  ExactSquares total;
+  std::mutex guard;
+  table.for_each_range([&](int64_t begin, int64_t end) {
+    ExactSquares part;
+    table.walk(begin, end, [&](int64_t row, int64_t, int64_t offset, int64_t size) {
+      sumsq_exact(dtype, table.address(row, operand) + offset * item, size, part.words);
+    });
+    const std::lock_guard<std::mutex> lock(guard);
+    total.add(part);
+  });
+  total.carry();
+  __builtin_memcpy(limbs.mutable_data_ptr(), total.words, sizeof(total.words));
+}
+
+void abs_norm_table(Tensor table_tensor, int64_t dtype_code, bool maximum, Tensor partials) {
+  const Table table("abs_norm", table_tensor, 1);
+  const DType dtype = checked_dtype("abs_norm", dtype_code);
+  check_block("abs_norm", "partials", partials, table.chunks());
+  auto* out = static_cast<double*>(partials.mutable_data_ptr());
+  const int64_t item = item_size(dtype);
+  const auto abs_norm = kernels().abs_norm;
+  table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
+    out[chunk] = abs_norm(dtype, table.address(row, 0) + offset * item, size, maximum);
   });
 }
 
@@ -102,6 +142,8 @@ void step_scalars(Tensor scalars, torch::headeronly::HeaderOnlyArrayRef<Tensor> 
 
 STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
   m.impl("_sumsq_table_", TORCH_BOX(&gradkern::sumsq_table));
+  m.impl("_sumsq_exact_table_", TORCH_BOX(&gradkern::sumsq_exact_table));
+  m.impl("_abs_norm_table_", TORCH_BOX(&gradkern::abs_norm_table));
   m.impl("_accumulate_table_", TORCH_BOX(&gradkern::accumulate_table));
   m.impl("_step_scalars_native_", TORCH_BOX(&gradkern::step_scalars));
 }

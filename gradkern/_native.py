@@ -17,6 +17,8 @@ __all__ = ["define", "isa", "unavailable_reason"]
 _LIBRARY = torch.library.Library("gradkern", "FRAGMENT")
 _SCHEMAS = (
     "_sumsq_table_(Tensor table, int operand, int dtype, Tensor(a!) partials) -> ()",
+    "_sumsq_exact_table_(Tensor table, int operand, int dtype, Tensor(a!) limbs) -> ()",
+    "_abs_norm_table_(Tensor table, int dtype, bool maximum, Tensor(a!) partials) -> ()",
     "_accumulate_table_(Tensor table, int dtype, Tensor(a!)? partials, bool overwrite) -> ()",
     "_step_scalars_native_(Tensor(a!) scalars, Tensor(b!)[] steps, Tensor[] partials, float max_norm, "
     "float? grad_scale, bool skip) -> ()",

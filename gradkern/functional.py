@@ -20,16 +20,22 @@ from gradkern.ops._step.columns import step_operands
 from gradkern.ops._step.rule import Codecs
 from gradkern.ops._step.spec import StepOp, list_names
 from gradkern.ops._table import AddressTable, Operands
+from gradkern.ops.abs_norm.spec import SPEC as ABS_NORM
 from gradkern.ops.accumulate.spec import ROLES as ACCUMULATE_ROLES
 from gradkern.ops.accumulate.spec import SPEC as ACCUMULATE
 from gradkern.ops.step_scalars import reference as scalar_layout
 from gradkern.ops.step_scalars.spec import SPEC as STEP_SCALARS
 from gradkern.ops.sumsq.spec import SPEC as SUMSQ
+from gradkern.ops.sumsq_exact import reference as exact_layout
+from gradkern.ops.sumsq_exact.reference import exact_partials
+from gradkern.ops.sumsq_exact.spec import SPEC as SUMSQ_EXACT
 
 __all__ = [
+    "abs_norm",
     "accumulate_",
     "accumulate_with_partials_",
     "count_steps_",
+    "exact_partials",
     "new_partials",
     "new_scalars",
     "step_",
@@ -37,6 +43,7 @@ __all__ = [
     "step_operands",
     "step_scalars_",
     "sumsq",
+    "sumsq_exact",
     "sumsq_of",
 ]
 
@@ -85,6 +92,55 @@ def sumsq_of(operands: Operands, column: str) -> torch.Tensor:
     """Partials of one operand of a call that is about to be made, from the table made for that call."""
     partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
     _registry.select(SUMSQ, partials.device)(operands, partials, column=column)
+    return partials
+
+
+def sumsq_exact(tensors: Sequence[torch.Tensor], *, cache: AddressTable | None = None) -> torch.Tensor:
+    """Sum of squares of all elements without a rounding anywhere, as an integer.
+
+    Args:
+        tensors: fp32, bf16 or fp16, all of one dtype and device, dense.
+        cache: Table kept from the last call with the same tensors.
+
+    Returns:
+        int64, shape ``(24,)``: 22 limbs of 32 bits, limb ``k`` worth ``2**(32 k - 352)``; then how many values are
+        infinite and how many are NaN. Sums of such tensors, over lists or over processes, are the sums of squares of
+        everything together; :func:`exact_partials` hands them to :func:`step_scalars_`.
+
+    Numerics:
+        Exact; hence the same bits for any cut of the tensors at any element, any order, thread count and backend.
+    """
+    if torch.compiler.is_compiling():
+        traced: torch.Tensor = torch.ops.gradkern.sumsq_exact.default(list(tensors))
+        return traced
+    operands = Operands(SUMSQ_EXACT.name, {"tensors": tensors}, cache)
+    limbs = torch.empty(exact_layout.WORDS, dtype=torch.int64, device=operands.device())
+    _registry.select(SUMSQ_EXACT, limbs.device)(operands, limbs)
+    return limbs
+
+
+def abs_norm(
+    tensors: Sequence[torch.Tensor], *, maximum: bool = False, cache: AddressTable | None = None
+) -> torch.Tensor:
+    """Sum of magnitudes, or the largest magnitude, of every chunk of 4,096 elements.
+
+    Args:
+        tensors: fp32, bf16 or fp16, all of one dtype and device, dense.
+        maximum: The largest magnitude instead of the sum.
+        cache: Table kept from the last call with the same tensors.
+
+    Returns:
+        fp64, shape ``(chunks,)``, in order of tensors; NaN for a chunk that holds one.
+
+    Numerics:
+        Magnitudes are exact in fp64, added in the tree of :func:`sumsq`; same bits on every backend.
+    """
+    if torch.compiler.is_compiling():
+        traced: torch.Tensor = torch.ops.gradkern.abs_norm.default(list(tensors), maximum=maximum)
+        return traced
+    operands = Operands(ABS_NORM.name, {"tensors": tensors}, cache)
+    partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
+    _registry.select(ABS_NORM, partials.device)(operands, partials, maximum=maximum)
     return partials
 
 

@@ -12,6 +12,8 @@ from torch import nn
 import gradkern as gk
 from gradkern.testing import same_bits
 
+ORDERS = [2.0, 1, math.inf, "inf", 3.0, 0.5, 0, -math.inf, -1.0]
+
 
 def params(dtype=torch.float32, scale=1.0):
     torch.manual_seed(0)
@@ -23,15 +25,17 @@ def params(dtype=torch.float32, scale=1.0):
 
 
 @pytest.mark.parametrize("name", ["clip_grad_norm_", "get_total_norm"])
-def test_signatures_are_torchs(name):
+def test_signatures_begin_with_torchs(name):
     def arguments(function):
-        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+        return [(p.name, p.default, p.kind) for p in inspect.signature(function).parameters.values()]
 
-    assert arguments(getattr(gk, name)) == arguments(getattr(nn.utils, name))
+    *ours, own = arguments(getattr(gk, name))
+    assert ours == arguments(getattr(nn.utils, name))
+    assert own == ("any_cut", False, inspect.Parameter.KEYWORD_ONLY)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e6, 0.0])
-@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0])
+@pytest.mark.parametrize("norm_type", ORDERS)
 def test_clips_like_torch(max_norm, norm_type):
     ours, theirs = params(), params()
     got = gk.clip_grad_norm_(ours, max_norm, norm_type)
@@ -39,6 +43,78 @@ def test_clips_like_torch(max_norm, norm_type):
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
     for p, q in zip(ours[:-1], theirs[:-1], strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-5)
+
+
+def test_clips_by_the_norm_of_any_cut():
+    ours, theirs = params(), params()
+    assert same_bits(gk.clip_grad_norm_(ours, 0.1, any_cut=True), gk.clip_grad_norm_(theirs, 0.1))
+    for p, q in zip(ours[:-1], theirs[:-1], strict=True):
+        assert same_bits(p.grad, q.grad)
+
+
+def test_the_coefficient_is_rounded_once():
+    for order, norm in ((1, 9.0), (math.inf, 5.0), (3, (3**3 + 1 + 5**3) ** (1 / 3))):
+        p = nn.Parameter(torch.zeros(3))
+        p.grad = torch.tensor([3.0, -1.0, 5.0])
+        gk.clip_grad_norm_(p, 0.7, order)
+        assert same_bits(p.grad, torch.tensor([3.0, -1.0, 5.0]) * torch.tensor(0.7 / (norm + 1e-6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm_type", ORDERS)
+def test_every_order_is_the_norm_of_fp64_rounded_to_fp32(dtype, norm_type):
+    # Partly laid out with gaps and overlaps, which kernels do not read.
+    wide = torch.randn(40, 50).to(dtype)
+    grads = [torch.randn(30_000).to(dtype), wide[:, ::3], wide[0].expand(4, 50), wide.t(), torch.randn(()).to(dtype)]
+    truth = nn.utils.get_total_norm([g.double() for g in grads], norm_type)
+    got = gk.get_total_norm(grads, norm_type)
+    assert got.dtype == torch.float32
+    assert got.shape == ()
+    assert got.item() == pytest.approx(truth.item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("norm_type", ORDERS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nonfinite_values_are_what_torch_makes_of_them(norm_type, bad):
+    grads = [torch.randn(5000), torch.randn(7)]
+    grads[0][4500] = bad
+    expected = nn.utils.get_total_norm([g.double() for g in grads], norm_type).float()
+    got = gk.get_total_norm(grads, norm_type)
+    if math.isfinite(expected):
+        assert got.item() == pytest.approx(expected.item(), rel=1e-7)
+    else:
+        assert same_bits(got, expected)
+        with pytest.raises(RuntimeError, match=rf"The total norm of order {float(norm_type)} .* is non-finite"):
+            gk.get_total_norm(grads, norm_type, error_if_nonfinite=True)
+
+
+def test_no_order_overflows_where_the_norm_does_not():
+    grads = [torch.tensor([1e38, -1e38]), torch.tensor([1e-40, 0.0])]
+    assert gk.get_total_norm(grads, 1).item() == pytest.approx(2e38)
+    assert gk.get_total_norm(grads, math.inf).item() == pytest.approx(1e38)
+    assert gk.get_total_norm(grads, 3).item() == pytest.approx(2 ** (1 / 3) * 1e38)
+    assert gk.get_total_norm(grads, any_cut=True).item() == pytest.approx(2**0.5 * 1e38)
+    tiny = [torch.full((3,), 2.0**-149)]
+    assert gk.get_total_norm(tiny, 1).item() == 3 * 2.0**-149
+    assert gk.get_total_norm(tiny, math.inf).item() == 2.0**-149
+
+
+def test_any_cut_refuses_what_it_cannot_keep():
+    with pytest.raises(ValueError, match=r"any_cut is for the L2 norm, got norm_type 1\.0, expected 2"):
+        gk.get_total_norm([torch.ones(3)], 1, any_cut=True)
+    with pytest.raises(ValueError, match=r"number 1 is a Tensor of torch.float64"):
+        gk.get_total_norm([torch.ones(3), torch.ones(3, dtype=torch.float64)], any_cut=True)
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    p.grad = torch.ones(3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"clip_grad_norm_: any_cut .* torch.complex64"):
+        gk.clip_grad_norm_(p, 1.0, any_cut=True)
+    assert gk.get_total_norm([], any_cut=True).item() == 0.0
+
+
+@pytest.mark.parametrize("norm_type", [1, 2, math.inf])
+def test_tensors_without_elements_count_as_nothing(norm_type):
+    assert gk.get_total_norm([torch.empty(0), torch.tensor([3.0])], norm_type).item() == 3.0
+    assert gk.get_total_norm([torch.empty(0)], norm_type).item() == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

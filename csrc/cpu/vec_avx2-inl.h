@@ -142,6 +142,7 @@ struct U32 {
 // Squares of kLanes floats in memory, exact in double. Widened from memory, which needs no shuffle.
 struct Squares {
   __m256d lo, hi;
+  Squares() = default;
   explicit GRADKERN_INLINE Squares(const float* p)
       : lo(_mm256_cvtps_pd(_mm_loadu_ps(p))), hi(_mm256_cvtps_pd(_mm_loadu_ps(p + 4))) {
     lo = _mm256_mul_pd(lo, lo);
@@ -149,11 +150,13 @@ struct Squares {
   }
   GRADKERN_INLINE Squares(__m256d low, __m256d high) : lo(low), hi(high) {}
   static GRADKERN_INLINE Squares load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+  static GRADKERN_INLINE Squares all(double x) { return {_mm256_set1_pd(x), _mm256_set1_pd(x)}; }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.lo = _mm256_add_pd(lo, o.lo);
     o.hi = _mm256_add_pd(hi, o.hi);
     return o;
   }
+  GRADKERN_INLINE Squares operator-(Squares o) const { return {_mm256_sub_pd(lo, o.lo), _mm256_sub_pd(hi, o.hi)}; }
   // The one fused multiply-add: the product is exact in double, so that it rounds where an addition would.
   GRADKERN_INLINE Squares plus_square(const float* p) const {
     const __m256d a = _mm256_cvtps_pd(_mm_loadu_ps(p)), b = _mm256_cvtps_pd(_mm_loadu_ps(p + 4));

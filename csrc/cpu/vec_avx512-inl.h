@@ -136,6 +136,7 @@ struct U32 {
 // Squares of kLanes floats in memory, exact in double. Widened from memory, which needs no shuffle.
 struct Squares {
   __m512d lo, hi;
+  Squares() = default;
   explicit GRADKERN_INLINE Squares(const float* p)
       : lo(_mm512_cvtps_pd(_mm256_loadu_ps(p))), hi(_mm512_cvtps_pd(_mm256_loadu_ps(p + 8))) {
     lo = _mm512_mul_pd(lo, lo);
@@ -143,11 +144,13 @@ struct Squares {
   }
   GRADKERN_INLINE Squares(__m512d low, __m512d high) : lo(low), hi(high) {}
   static GRADKERN_INLINE Squares load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+  static GRADKERN_INLINE Squares all(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.lo = _mm512_add_pd(lo, o.lo);
     o.hi = _mm512_add_pd(hi, o.hi);
     return o;
   }
+  GRADKERN_INLINE Squares operator-(Squares o) const { return {_mm512_sub_pd(lo, o.lo), _mm512_sub_pd(hi, o.hi)}; }
   // The one fused multiply-add: the product is exact in double, so that it rounds where an addition would.
   GRADKERN_INLINE Squares plus_square(const float* p) const {
     const __m512d a = _mm512_cvtps_pd(_mm256_loadu_ps(p)), b = _mm512_cvtps_pd(_mm256_loadu_ps(p + 8));

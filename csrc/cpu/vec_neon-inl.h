@@ -116,17 +116,20 @@ struct U32 {
 // Squares of kLanes floats in memory, exact in double.
 struct Squares {
   float64x2_t lo, hi;
+  Squares() = default;
   explicit GRADKERN_INLINE Squares(const float* p) : lo(vcvt_f64_f32(vld1_f32(p))), hi(vcvt_f64_f32(vld1_f32(p + 2))) {
     lo = vmulq_f64(lo, lo);
     hi = vmulq_f64(hi, hi);
   }
   GRADKERN_INLINE Squares(float64x2_t low, float64x2_t high) : lo(low), hi(high) {}
   static GRADKERN_INLINE Squares load(const double* p) { return {vld1q_f64(p), vld1q_f64(p + 2)}; }
+  static GRADKERN_INLINE Squares all(double x) { return {vdupq_n_f64(x), vdupq_n_f64(x)}; }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.lo = vaddq_f64(lo, o.lo);
     o.hi = vaddq_f64(hi, o.hi);
     return o;
   }
+  GRADKERN_INLINE Squares operator-(Squares o) const { return {vsubq_f64(lo, o.lo), vsubq_f64(hi, o.hi)}; }
   GRADKERN_INLINE Squares plus_square(const float* p) const { return *this + Squares(p); }
   GRADKERN_INLINE void store(double* p) const {
     vst1q_f64(p, lo);

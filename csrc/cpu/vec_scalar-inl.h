@@ -154,9 +154,12 @@ struct U32 {
 // Squares of kLanes floats in memory, exact in double.
 struct Squares {
   double v;
+  Squares() = default;
   explicit GRADKERN_INLINE Squares(const float* p) : v(static_cast<double>(*p) * static_cast<double>(*p)) {}
   explicit GRADKERN_INLINE Squares(double sum) : v(sum) {}
   static GRADKERN_INLINE Squares load(const double* p) { return Squares(*p); }
+  static GRADKERN_INLINE Squares all(double x) { return Squares(x); }
+  GRADKERN_INLINE Squares operator-(Squares o) const { return Squares(v - o.v); }
   GRADKERN_INLINE Squares operator+(Squares o) const {
     o.v = v + o.v;
     return o;

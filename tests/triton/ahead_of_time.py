@@ -22,8 +22,10 @@ from gradkern.ops._triton.launch import TARGETS, Variant, compile_ahead
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FORBIDDEN = re.compile(r"\b(?:fma[.\w]*|\w+\.approx[.\w]*|\w+\.full[.\w]*|\w+\.ftz[.\w]*)")
-# A chunk is one pass of a folding kernel and two of a step kernel, whose loop body the code holds once.
-PASSES = {"sumsq": 1, "accumulate_": 1, "adamw_step_": 2, "step_scalars_": 1}
+# Of fp32, of fp64, or a maximum of bits: addresses need none of them.
+ARITHMETIC = re.compile(r"\b(?:(?:add|mul)\.(?:rn\.)?f(?:32|64)|max\.[su]32)")
+# A chunk is one pass, or two of a kernel that holds more in its registers; the code has the body of that loop once.
+PASSES = {"sumsq": 1, "sumsq_exact": 2, "abs_norm": 1, "accumulate_": 1, "adamw_step_": 2, "step_scalars_": 1}
 
 
 def variants() -> Iterator[tuple[str, Variant]]:
@@ -37,7 +39,7 @@ def nvidia_problems(name: str, variant: Variant, target: object, compiled: objec
     found = set(FORBIDDEN.findall(ptx))
     if found:
         yield f"PTX has {sorted(found)}"
-    if variant.hot_bytes and not re.search(r"\b(?:add|mul)\.(?:rn\.)?f(?:32|64)", ptx):
+    if variant.hot_bytes and not ARITHMETIC.search(ptx):
         yield "PTX has no arithmetic: the reader is looking at the wrong thing"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -9,7 +9,7 @@ import torch
 from gradkern.ops._chunks import CHUNK, chunk_count, flat_view
 from gradkern.ops._table import Operands
 
-__all__ = ["fold_chunks", "sumsq"]
+__all__ = ["fold_chunks", "padded_chunks", "sumsq"]
 
 _GROUPS, _ROWS, _LANES = 8, 8, 64
 _BATCH = 2048  # chunks folded at once: 64 MiB of fp64
@@ -31,7 +31,8 @@ def fold_chunks(squares: torch.Tensor) -> torch.Tensor:
     return sums[:, 0]
 
 
-def _padded_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def padded_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The elements in memory order as blocks of shape ``(chunks, 4096)``, the last chunk padded with zeros."""
     flat = flat_view(tensor)
     for part in flat.split(_BATCH * CHUNK):
         chunks = part.new_zeros(chunk_count(part.numel()) * CHUNK)
@@ -48,7 +49,7 @@ def sumsq(operands: Operands, partials: torch.Tensor, *, column: str = "tensors"
     for tensor in operands[column]:
         if tensor.numel() == 0:
             continue
-        for chunks in _padded_chunks(tensor):
+        for chunks in padded_chunks(tensor):
             wide = chunks.double()
             partials[position : position + len(chunks)] = fold_chunks(wide * wide)
             position += len(chunks)
