@@ -18,19 +18,29 @@
 namespace gradkern {
 namespace {
 
-// Any table will do: the sum is taken over its operand number `operand`.
-void sumsq_table(Tensor table_tensor, int64_t operand, int64_t dtype_code, Tensor partials) {
-  STD_TORCH_CHECK(table_tensor.dim() == 2 && operand >= 0 && operand < table_tensor.size(1) - 2,
-                  "sumsq: operand must be a column of the table, got ", operand);
-  const Table table("sumsq", table_tensor, table_tensor.size(1) - 2);
-  const DType dtype = checked_dtype("sumsq", dtype_code);
-  check_block("sumsq", "partials", partials, table.chunks());
+using torch::headeronly::HeaderOnlyArrayRef;
+
+// Any table will do: the sum is taken over its operand number `operand`. Returns the partials written.
+const double* sum_squares(const char* op, const Tensor& table_tensor, int64_t operand, int64_t dtype_code,
+                          const Tensor& partials, int64_t* chunks) {
+  STD_TORCH_CHECK(table_tensor.dim() == 2 && operand >= 0 && operand < table_tensor.size(1) - 2, op,
+                  ": operand must be a column of the table, got ", operand);
+  const Table table(op, table_tensor, table_tensor.size(1) - 2);
+  const DType dtype = checked_dtype(op, dtype_code);
+  *chunks = table.chunks();
+  check_block(op, "partials", partials, *chunks);
   auto* out = static_cast<double*>(partials.mutable_data_ptr());
   const int64_t item = item_size(dtype);
   const auto sumsq = kernels().sumsq;
   table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
     out[chunk] = sumsq(dtype, table.address(row, operand) + offset * item, size);
   });
+  return out;
+}
+
+void sumsq_table(Tensor table, int64_t operand, int64_t dtype, Tensor partials) {
+  int64_t chunks = 0;
+  sum_squares("sumsq", table, operand, dtype, partials, &chunks);
 }
 
 // As sumsq_table; every thread sums its chunks into words of its own, and the words are added.
@@ -100,20 +110,38 @@ void accumulate_table(Tensor table_tensor, int64_t dtype_code, std::optional<Ten
   });
 }
 
-void step_scalars(Tensor scalars, torch::headeronly::HeaderOnlyArrayRef<Tensor> steps,
-                  torch::headeronly::HeaderOnlyArrayRef<Tensor> partials, double max_norm,
-                  std::optional<double> grad_scale, bool skip) {
-  check_block("step_scalars_", "scalars", scalars, kStepScalars);
+// `tables`, `operands`, `dtypes` and `sums` are parallel lists: gradients whose squares are still to be summed.
+void step_scalars(Tensor scalars, HeaderOnlyArrayRef<Tensor> steps, HeaderOnlyArrayRef<Tensor> partials,
+                  HeaderOnlyArrayRef<Tensor> tables, HeaderOnlyArrayRef<int64_t> operands,
+                  HeaderOnlyArrayRef<int64_t> dtypes, HeaderOnlyArrayRef<Tensor> sums, double max_norm,
+                  std::optional<double> grad_scale, bool skip, bool skip_nonfinite) {
+  const char* op = "step_scalars_";
+  check_block(op, "scalars", scalars, kStepScalars);
+  STD_TORCH_CHECK(operands.size() == tables.size() && dtypes.size() == tables.size() && sums.size() == tables.size(),
+                  op, ": tables, operands, dtypes and sums must be as many, got ", tables.size(), ", ", operands.size(),
+                  ", ", dtypes.size(), " and ", sums.size());
+  for (const Tensor& block : steps) {
+    STD_TORCH_CHECK(block.scalar_type() == torch::headeronly::ScalarType::Float && block.is_contiguous(), op,
+                    ": steps must be contiguous fp32 tensors");
+  }
   ExactSum sum;
   for (const Tensor& block : partials) {
-    check_block("step_scalars_", "partials", block, 0);
+    check_block(op, "partials", block, 0);
     const auto* values = static_cast<const double*>(block.const_data_ptr());
     for (int64_t i = 0; i < block.numel(); ++i) {
       sum.add(values[i]);
     }
   }
+  for (size_t k = 0; k < tables.size(); ++k) {
+    int64_t chunks = 0;
+    const double* values = sum_squares(op, tables[k], operands[k], dtypes[k], sums[k], &chunks);
+    for (int64_t i = 0; i < chunks; ++i) {
+      sum.add(values[i]);
+    }
+  }
   const double scale = grad_scale.value_or(1.0);
   const double norm = std::sqrt(sum.value()) / scale;
+  skip = skip || (skip_nonfinite && !std::isfinite(norm));
   double clip = 1.0;
   if (!std::isinf(max_norm)) {
     clip = max_norm / (norm + 1e-6);
@@ -125,11 +153,10 @@ void step_scalars(Tensor scalars, torch::headeronly::HeaderOnlyArrayRef<Tensor> 
   out[kSkip] = skip ? 1.0 : 0.0;
   out[kClipCoef] = clip;
   if (skip) {
+    out[kSkipped] += 1.0;
     return;
   }
   for (const Tensor& block : steps) {
-    STD_TORCH_CHECK(block.scalar_type() == torch::headeronly::ScalarType::Float && block.is_contiguous(),
-                    "step_scalars_: steps must be contiguous fp32 tensors");
     auto* values = static_cast<float*>(block.mutable_data_ptr());
     for (int64_t i = 0; i < block.numel(); ++i) {
       values[i] += 1.0f;

@@ -197,37 +197,89 @@ def step_scalars_(
     steps: Sequence[torch.Tensor],
     partials: Sequence[torch.Tensor],
     *,
-    grads: Operands | None = None,
+    grads: Operands | Sequence[Operands] = (),
     column: str = "grads",
-    grad_partials: torch.Tensor | None = None,
+    grad_partials: Sequence[torch.Tensor] | None = None,
     max_norm: float | None = None,
     grad_scale: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
     skip_nonfinite: bool = False,
-) -> None:
-    """TEMPORARY shim until the one-launch op lands."""
-    for name, blocks, dtype in (("steps", steps, torch.float32), ("partials", partials, torch.float64)):
+) -> list[torch.Tensor]:
+    """Finish the norm, form the scalars of a step and count it: one launch on a GPU, without synchronising.
+
+    Args:
+        scalars: fp64, shape ``(6,)``; norm, gradient multiplier, skip flag and clip coefficient are overwritten, the
+            number of steps skipped so far gains one when this one is.
+        steps: fp32 step counters; each gains one unless the step is skipped.
+        partials: fp64 partials of gradients that are normed already, by :func:`sumsq` or :func:`accumulate_`.
+        grads: Operands with gradients that are not; each further table is a launch of its own.
+        column: Name of the gradients in these operands.
+        grad_partials: fp64, shape ``(chunks,)``, one per table in ``grads``; overwritten. New tensors when None.
+        max_norm: Threshold of the L2 norm; None does not clip.
+        grad_scale: 0-dim loss scale that gradients still carry.
+        found_inf: 0-dim; non-zero skips the step.
+        skip_nonfinite: Skip the step too where the norm is NaN or infinite.
+
+    Returns:
+        The partials of every table in ``grads``, as :func:`sumsq` gives them.
+
+    Numerics:
+        All partials are summed exactly, so the norm does not depend on their order, nor on which were known.
+    """
+    limit = math.inf if max_norm is None else max_norm
+    if scalars.dtype != torch.float64 or scalars.shape != (scalar_layout.SIZE,) or not scalars.is_contiguous():
+        raise ValueError(
+            f"step_scalars_: scalars is {scalars.dtype} of shape {tuple(scalars.shape)}, expected contiguous fp64 of "
+            f"shape ({scalar_layout.SIZE},); make it with new_scalars"
+        )
+    tables = [grads] if isinstance(grads, Operands) else list(grads)
+    if grad_partials is None:
+        sums = [torch.empty(table.cache.chunks, dtype=torch.float64, device=scalars.device) for table in tables]
+    else:
+        sums = list(grad_partials)
+        chunks = [table.cache.chunks for table in tables]
+        if [block.numel() for block in sums] != chunks:
+            raise ValueError(
+                f"step_scalars_: grad_partials have {[block.numel() for block in sums]} elements, expected {chunks}, "
+                "one per chunk of every table in grads; pass None to have them made"
+            )
+    for name, blocks, dtype in (
+        ("steps", steps, torch.float32),
+        ("partials", partials, torch.float64),
+        ("grad_partials", sums, torch.float64),
+    ):
         for i, block in enumerate(blocks):
             if block.dtype != dtype or block.device != scalars.device or not block.is_contiguous():
                 raise ValueError(
                     f"step_scalars_: {name}[{i}] is {block.dtype} on {block.device}, stride {block.stride()}, expected "
                     f"contiguous {dtype} on {scalars.device}"
                 )
-    partials = list(partials)
-    if grads is not None:
-        sums = sumsq_of(grads, column)
-        if grad_partials is not None:
-            grad_partials.copy_(sums)
-        partials.append(sums)
+    if torch.compiler.is_compiling():
+        known = list(partials)
+        for table, block in zip(tables, sums, strict=True):
+            known.append(block.copy_(torch.ops.gradkern.sumsq.default(list(table[column]))))
+        torch.ops.gradkern.step_scalars_.default(
+            scalars,
+            list(steps),
+            known,
+            [],
+            max_norm=limit,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            skip_nonfinite=skip_nonfinite,
+        )
+        return sums
     _registry.select(STEP_SCALARS, scalars.device)(
         scalars,
-        [],
+        steps,
         partials,
-        max_norm=math.inf if max_norm is None else max_norm,
+        [scalar_layout.Unsummed(table, column, block) for table, block in zip(tables, sums, strict=True)],
+        max_norm=limit,
         grad_scale=grad_scale,
         found_inf=found_inf,
+        skip_nonfinite=skip_nonfinite,
     )
-    count_steps_(scalars, steps, found_inf=found_inf, skip_nonfinite=skip_nonfinite)
+    return sums
 
 
 def count_steps_(

@@ -12,9 +12,9 @@ namespace gradkern {
 enum StepScalar : int64_t {
   kNorm = 0,            // L2 norm of the unscaled gradient, before clipping
   kGradMultiplier = 1,  // clip coefficient / loss scale, rounded to fp32
-  kSkip = 2,            // 1 when found_inf asked for the step to be skipped
+  kSkip = 2,            // 1 when the step is skipped
   kClipCoef = 3,        // min(1, max_norm / (norm + 1e-6))
-  kSkipped = 4,         // steps skipped so far
+  kSkipped = 4,         // how many steps were skipped so far
   kLimit = 5,           // gradients are cut to [-limit, limit] before the multiplier; inf where they are not
   kStepScalars = 6,
 };

@@ -395,30 +395,26 @@ class FusedStepMixin(torch.optim.Optimizer):
             functional.count_steps_(block, counters, found_inf=self._found_inf, skip_nonfinite=skip_nonfinite)
             return
         partials: list[torch.Tensor] = []
-        fresh: Bucket | None = None
+        fresh: list[Bucket] = []  # normed by the kernel that forms the scalars
         if self._measures():
             trusted = self._trusted(grad_scale)
             for bucket in scope:
-                if fresh is None and bucket.operands is not None and not self._any_known(bucket, trusted):
-                    fresh = bucket  # normed by the kernel that forms the scalars
+                if bucket.operands is not None and not self._any_known(bucket, trusted):
+                    fresh.append(bucket)
                 else:
                     partials.extend(self._partials(bucket, trusted))
-        grads = None if fresh is None else fresh.operands
-        grad_partials = None
-        if fresh is not None and grads is not None:
-            grad_partials = torch.empty(grads.cache.chunks, dtype=torch.float64, device=block.device)
-            fresh.norms = [(fresh.params, grad_partials)]
-        functional.step_scalars_(
+        sums = functional.step_scalars_(
             block,
             counters,
             partials,
-            grads=grads,
-            grad_partials=grad_partials,
+            grads=[bucket.operands for bucket in fresh if bucket.operands is not None],
             max_norm=threshold,
             grad_scale=grad_scale,
             found_inf=self._found_inf,
             skip_nonfinite=skip_nonfinite,
         )
+        for bucket, block_sums in zip(fresh, sums, strict=True):
+            bucket.norms = [(bucket.params, block_sums)]
         if clip is not None:
             scale: torch.Tensor | float = 1.0 if grad_scale is None else grad_scale.double()
             if clip.transform == GradTransform.LIMIT:

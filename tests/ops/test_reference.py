@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 import gradkern as gk
 from gradkern import functional
 from gradkern.ops._registry import SPECS
+from gradkern.ops._table import Operands
 from gradkern.ops.adamw_step import spec as adamw_step
 from gradkern.ops.adamw_step.reference import AMSGRAD, COUPLED
 from gradkern.ops.lion_step import spec as lion_step
 from gradkern.ops.sgd_step import spec as sgd_step
 from gradkern.ops.sgd_step.reference import NESTEROV
-from gradkern.ops.step_scalars.reference import SKIPPED, power
-from gradkern.testing import random_values
+from gradkern.ops.step_scalars.reference import NORM, SKIP, SKIPPED, power
+from gradkern.testing import random_values, same_bits
 
 
 def step_scalars(multiplier: float) -> torch.Tensor:
@@ -116,12 +118,40 @@ def test_scalars_are_their_formulas(max_norm, scale):
 def test_skip_counts_no_step_and_moves_nothing():
     scalars = functional.new_scalars(torch.device("cpu"))
     step = torch.tensor(4.0)
-    functional.step_scalars_(scalars, [step], [], found_inf=torch.tensor(1.0))
-    functional.step_scalars_(scalars, [step], [], found_inf=torch.tensor(1.0))
-    assert step.item() == 4.0
-    assert scalars[SKIPPED].item() == 2.0
+    for skipped in (1.0, 2.0):
+        functional.step_scalars_(scalars, [step], [], found_inf=torch.tensor(1.0))
+        assert step.item() == 4.0
+        assert scalars[SKIPPED].item() == skipped
     p = torch.ones(3)
     tensors = {name: [torch.ones(3)] for name in ("grads", "exp_avgs", "exp_avg_sqs")}
     hyper = torch.tensor([*adamw_step.STEP.rule.sample_hyper, 0.0], dtype=torch.float64)
     functional.step_(adamw_step.STEP, {"params": [p], "steps": [step], **tensors}, scalars, hyper)
     assert p.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_skips_only_where_asked_for(bad):
+    for wanted in (False, True):
+        scalars = functional.new_scalars(torch.device("cpu"))
+        step = torch.tensor(4.0)
+        grads = Operands("test", {"grads": [torch.tensor([1.0, bad])]})
+        functional.step_scalars_(scalars, [step], [], grads=grads, skip_nonfinite=wanted)
+        assert scalars[SKIP].item() == scalars[SKIPPED].item() == float(wanted)
+        assert step.item() == (4.0 if wanted else 5.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_what_is_summed_here_is_what_sumsq_sums(backend):
+    fp32 = [random_values(n, torch.float32, seed=n) for n in (1, 5000, 0)]
+    bf16 = [random_values(n, torch.bfloat16, seed=n) for n in (9000, 3)]
+    known = functional.sumsq([random_values(100, torch.float32)])
+    partials = [functional.sumsq(fp32), functional.sumsq(bf16)]
+    expected, scalars = (functional.new_scalars(torch.device("cpu")) for _ in range(2))
+    functional.step_scalars_(expected, [], [known, *partials])
+    tables = [Operands("test", {"others": fp32, "grads": fp32}), Operands("test", {"grads": bf16})]
+    given = torch.full((4,), -1.0, dtype=torch.float64)
+    with contextlib.nullcontext() if backend is None else gk.use_backend(backend):
+        sums = functional.step_scalars_(scalars, [], [known], grads=tables)
+        functional.step_scalars_(functional.new_scalars(given.device), [], [], grads=tables[1], grad_partials=[given])
+    assert all(map(same_bits, [scalars, *sums, given], [expected, *partials, partials[1]]))
+    assert scalars[NORM] > 0

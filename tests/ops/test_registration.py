@@ -8,6 +8,7 @@ import torch
 import gradkern as gk
 from gradkern import functional
 from gradkern.ops import _registry
+from gradkern.ops._table import Operands
 from gradkern.ops.adamw_step.spec import STEP
 from gradkern.testing import all_samples, same_bits
 
@@ -122,3 +123,30 @@ def test_traced_sumsq_fills_the_given_partials():
     x, partials = torch.ones(5000), torch.full((2,), -1.0, dtype=torch.float64)
     compiled(x, partials)
     assert partials.tolist() == [4096.0, 904.0]
+
+
+def test_blocks_of_another_shape_or_dtype_are_refused():
+    grads = Operands("test", {"grads": [torch.ones(5000)]})
+    with pytest.raises(ValueError, match=r"scalars is torch\.float64 of shape \(4,\), expected"):
+        functional.step_scalars_(torch.zeros(4, dtype=torch.float64), [], [])
+    scalars = functional.new_scalars(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"grad_partials have \[1\] elements, expected \[2\]"):
+        functional.step_scalars_(scalars, [], [], grads=grads, grad_partials=[torch.zeros(1, dtype=torch.float64)])
+    with pytest.raises(ValueError, match=r"grad_partials\[0\] is torch\.float32"):
+        functional.step_scalars_(scalars, [], [], grads=grads, grad_partials=[torch.zeros(2)])
+
+
+def test_traced_step_scalars_sums_what_is_given():
+    grads = Operands("test", {"grads": [torch.arange(5000.0)]})
+    steps = [torch.zeros(())]
+
+    def finish(scalars, partials):
+        return functional.step_scalars_(scalars, steps, [partials], grads=grads, max_norm=1.0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(finish, fullgraph=True, backend="aot_eager")
+    partials = torch.tensor([3.0], dtype=torch.float64)
+    a, b = (functional.new_scalars(torch.device("cpu")) for _ in range(2))
+    assert all(map(same_bits, compiled(a, partials), finish(b, partials)))
+    assert same_bits(a, b)
+    assert steps[0].item() == 2.0

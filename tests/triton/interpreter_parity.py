@@ -8,9 +8,14 @@ from __future__ import annotations
 import random
 import sys
 
+import torch
 from triton.runtime import interpreter
 
-from gradkern.testing import all_samples, run_sample, same_bits
+import gradkern as gk
+from gradkern import functional
+from gradkern.ops._table import Operands
+from gradkern.ops._triton.launch import count_launches
+from gradkern.testing import all_samples, random_values, run_sample, same_bits
 
 _ORDER = random.Random(5)
 _moved = 0
@@ -30,6 +35,19 @@ def _shuffle_programs() -> None:
     interpreter.range = shuffled
 
 
+def _tables_of(backend: str) -> tuple[list[torch.Tensor], int]:
+    """Two tables and a known block: everything written, and the launches it took."""
+    tables = [
+        Operands("test", {"grads": [random_values(n, dtype, seed=n) for n in (9000, 3)]})
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    scalars = functional.new_scalars(torch.device("cpu"))
+    steps = [torch.zeros(3)]
+    with gk.use_backend(backend), count_launches() as count:
+        sums = functional.step_scalars_(scalars, steps, [torch.ones(2000, dtype=torch.float64)], grads=tables)
+    return [scalars, *steps, *sums], count.launches
+
+
 def main() -> int:
     compared, bad = 0, []
     for shuffled in (False, True):
@@ -41,6 +59,10 @@ def main() -> int:
             compared += 1
             if not all(map(same_bits, got, expected)):
                 bad.append(f"{spec.name}: {sample.name} (shuffled={shuffled})")
+        expected, _ = _tables_of("reference")
+        got, launches = _tables_of("triton")
+        if not all(map(same_bits, got, expected)) or launches != 2:
+            bad.append(f"step_scalars_ of two tables ({launches=}, shuffled={shuffled})")
     if _moved == 0:
         bad.append("no launch was shuffled: the interpreter walks its grid in another way now")
     print(f"compared {compared}")

@@ -26,7 +26,7 @@ from gradkern.ops._step.triton_codecs import (
 )
 from gradkern.ops._table import Operands
 from gradkern.ops._triton.kernels import CHUNK, find_row, load_f32, typed_pointer
-from gradkern.ops._triton.launch import Variant, warp_size
+from gradkern.ops._triton.launch import Variant, launch, warp_size
 
 __all__ = ["step_launcher", "step_variants"]
 
@@ -178,13 +178,14 @@ def step_launcher(rule: StepRule, scalars_function: Any, rule_function: Any) -> 
             return
         table = cache.on_device(scalars.device)
         constants = _constants(rule, scalars_function, rule_function, codecs, variant, aligned=cache.aligned())
-        _step_kernel[(cache.chunks,)](
+        launch(
+            _step_kernel,
+            cache.chunks,
             table,
             scalars,
             hyper,
             len(operands["params"]),
             **constants,
-            enable_fp_fusion=False,
             num_warps=256 // warp_size(),
         )
 

@@ -1,7 +1,8 @@
 """Device functions shared by every kernel: codecs, the fold tree, the search for a chunk's tensor.
 
 The arithmetic contract: no fused multiply-add (kernels are compiled with ``enable_fp_fusion=False``), division and root
-rounded to nearest, no floating ``tl.sum`` (its order is the compiler's), minima and maxima that propagate NaN.
+rounded to nearest, no floating ``tl.sum`` of more than two values (the order is the compiler's), minima and maxima that
+propagate NaN.
 """
 
 from __future__ import annotations
@@ -58,9 +59,13 @@ def store_f32(pointer, offsets, x, size, DTYPE: tl.constexpr, MASKED: tl.constex
 
 
 @triton.jit
-def row_offsets(row):
-    """Offsets of one of the 8 rows of every group of a chunk, shape (8, 64): rows are folded in registers."""
-    return tl.arange(0, 8)[:, None] * 512 + row * 64 + tl.arange(0, 64)[None, :]
+def tile_offsets(row, ROWS: tl.constexpr):
+    """Offsets of some rows, from ``row`` on, of every group of a chunk, shape (8, ROWS, 64).
+
+    More rows to a tile are fewer sums to a thread, which leave room for more threads on a processor.
+    """
+    group = tl.arange(0, 8)[:, None, None] * 512
+    return group + (row + tl.arange(0, ROWS)[None, :, None]) * 64 + tl.arange(0, 64)[None, None, :]
 
 
 @triton.jit
@@ -71,30 +76,24 @@ def square(x):
 
 
 @triton.jit
-def fold_sums(y):
-    """512 sums of shape (8, 64) folded in halves; every element of the result, shape (512,), is the sum.
-
-    A butterfly: each value takes its partner's, ``x + y`` and ``y + x`` being the same bits. Halving the shape instead
-    lets the compiler replicate all 512 values in the registers of every thread.
-    """
-    y = tl.reshape(y, [512])
-    i = tl.arange(0, 512)
-    y = y + tl.gather(y, i ^ 256, 0)
-    y = y + tl.gather(y, i ^ 128, 0)
-    y = y + tl.gather(y, i ^ 64, 0)
-    y = y + tl.gather(y, i ^ 32, 0)
-    y = y + tl.gather(y, i ^ 16, 0)
-    y = y + tl.gather(y, i ^ 8, 0)
-    y = y + tl.gather(y, i ^ 4, 0)
-    y = y + tl.gather(y, i ^ 2, 0)
-    return y + tl.gather(y, i ^ 1, 0)
+def _tile_pair(pointer, low, size, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """Squares of two rows and of those 4 behind them, added: the first level of the fold."""
+    x = load_f32(pointer, tile_offsets(low, 2), size, DTYPE, MASKED)
+    y = load_f32(pointer, tile_offsets(low + 4, 2), size, DTYPE, MASKED)
+    return square(x) + square(y)
 
 
 @triton.jit
-def store_first(pointer, y):
-    """Store the first of 512 equal values."""
-    i = tl.arange(0, 512)
-    tl.store(pointer + i, y, mask=i == 0)
+def fold_sums(y):
+    """Sums of shape (8, 2, 64) folded to one: the two rows, then the 512 sums in halves.
+
+    Every ``tl.sum`` adds two values, ``x + y`` and ``y + x`` being the same bits. All axes are split at once: folding
+    a shape of one axis in halves would send all values through shared memory each time.
+    """
+    y = tl.reshape(tl.sum(y, axis=1), [2, 2, 2, 2, 2, 2, 2, 2, 2])
+    y = tl.sum(tl.sum(tl.sum(y, axis=0), axis=0), axis=0)
+    y = tl.sum(tl.sum(tl.sum(y, axis=0), axis=0), axis=0)
+    return tl.sum(tl.sum(tl.sum(y, axis=0), axis=0), axis=0)
 
 
 @triton.jit
@@ -108,6 +107,24 @@ def find_row(table_ptr, rows, chunk, COLUMNS: tl.constexpr):
         low = tl.where(first <= chunk, middle, low)
         high = tl.where(first <= chunk, high, middle - 1)
     return low
+
+
+@triton.jit
+def sum_chunk(
+    table_ptr, rows, chunk, COLUMNS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Sum of squares of a chunk of one operand of any table."""
+    row = find_row(table_ptr, rows, chunk, COLUMNS)
+    offset = (chunk - tl.load(table_ptr + row * COLUMNS + 1)) * CHUNK
+    size = tl.minimum(tl.load(table_ptr + row * COLUMNS) - offset, CHUNK).to(tl.int32)
+    pointer = typed_pointer(tl.load(table_ptr + row * COLUMNS + 2 + OPERAND), DTYPE, ALIGNED) + offset
+    if size >= CHUNK:
+        sums = _tile_pair(pointer, 0, size, DTYPE, False) + _tile_pair(pointer, 2, size, DTYPE, False)
+    else:
+        sums = tl.zeros([8, 2, 64], tl.float64)
+        for low in range(0, 4, 2):  # adds to zero first, which rounds nothing
+            sums += _tile_pair(pointer, low, size, DTYPE, True)
+    return fold_sums(sums)
 
 
 @triton.jit

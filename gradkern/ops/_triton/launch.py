@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +12,37 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["ROW_ELEMENTS", "TARGETS", "Variant", "compile_ahead", "fold_warps", "warp_size"]
+__all__ = [
+    "FIXED_THREADS",
+    "TARGETS",
+    "TILE_ELEMENTS",
+    "LaunchCount",
+    "Variant",
+    "compile_ahead",
+    "count_launches",
+    "fold_warps",
+    "launch",
+    "warp_size",
+]
 
-ROW_ELEMENTS = 512
-"""Elements of a chunk that one load of a folding kernel takes: one row of each of its 8 groups."""
+TILE_ELEMENTS = 1024
+"""Elements of a chunk that one load of a folding kernel takes: two rows of each of its 8 groups."""
+
+FIXED_THREADS = 256
+"""Threads of a program of a kernel that does not fold."""
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
     GPUTarget("cuda", 90, 32),
     GPUTarget("cuda", 100, 32),
+    GPUTarget("cuda", 120, 32),
     GPUTarget("hip", "gfx942", 64),
+    GPUTarget("hip", "gfx950", 64),
 )
 """GPUs that every kernel is compiled for in the tests."""
+
+# Contraction into fused multiply-adds would change bits.
+_OPTIONS = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +66,49 @@ class Variant:
 
     def warps(self, target: GPUTarget) -> int:
         """Warps of a program on ``target``."""
-        return fold_warps(self.item_bytes, target.warp_size) if self.item_bytes else 256 // target.warp_size
+        return fold_warps(self.item_bytes, target.warp_size) if self.item_bytes else FIXED_THREADS // target.warp_size
+
+
+@dataclass(slots=True)
+class LaunchCount:
+    """Launches inside a :func:`count_launches` block so far."""
+
+    launches: int = 0
+
+
+_COUNT: ContextVar[LaunchCount | None] = ContextVar("gradkern_launches", default=None)
+
+
+@contextmanager
+def count_launches() -> Iterator[LaunchCount]:
+    """Count every launch inside the ``with``, on a GPU as in the interpreter; an inner block counts for itself."""
+    count = LaunchCount()
+    token = _COUNT.set(count)
+    try:
+        yield count
+    finally:
+        _COUNT.reset(token)
+
+
+def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: Any) -> None:
+    """Launch ``programs`` programs of a kernel: the one place that sets compiler options.
+
+    Args:
+        kernel: The jitted function.
+        programs: Programs in the grid, at least 1.
+        args: Positional arguments of the kernel.
+        num_warps: Warps of a program.
+        constants: Its constexpr arguments.
+    """
+    count = _COUNT.get()
+    if count is not None:
+        count.launches += 1
+    kernel[(programs,)](*args, **constants, **_OPTIONS, num_warps=num_warps)
 
 
 def fold_warps(item_bytes: int, lanes: int) -> int:
     """Warps such that every thread of a folding kernel loads 16 bytes of its narrowest stream at once."""
-    return max(1, ROW_ELEMENTS * item_bytes // 16 // lanes)
+    return max(1, TILE_ELEMENTS * item_bytes // 16 // lanes)
 
 
 def warp_size() -> int:
@@ -72,5 +130,5 @@ def compile_ahead(variant: Variant, target: GPUTarget) -> Any:
     return triton.compile(
         ASTSource(variant.kernel, signature, constexprs=constants),
         target=target,
-        options={"enable_fp_fusion": False, "num_warps": variant.warps(target)},
+        options={**_OPTIONS, "num_warps": variant.warps(target)},
     )

@@ -12,19 +12,18 @@ from gradkern.ops._triton.kernels import (
     find_row,
     fold_sums,
     load_f32,
-    row_offsets,
-    store_first,
+    tile_offsets,
     typed_pointer,
 )
-from gradkern.ops._triton.launch import Variant, fold_warps, warp_size
+from gradkern.ops._triton.launch import Variant, fold_warps, launch, warp_size
 
 __all__ = ["VARIANTS", "abs_norm"]
 
 
 @triton.jit
-def _magnitudes(pointer, row: tl.constexpr, size, DTYPE: tl.constexpr, MAXIMUM: tl.constexpr, MASKED: tl.constexpr):
-    """Magnitudes of one row: in fp64 for sums; as bits for maxima, where a NaN is above infinity."""
-    x = load_f32(pointer, row_offsets(row), size, DTYPE, MASKED)
+def _magnitudes(pointer, low, size, DTYPE: tl.constexpr, MAXIMUM: tl.constexpr, MASKED: tl.constexpr):
+    """Magnitudes of two rows of every group: in fp64 for sums; as bits for maxima, where a NaN is above infinity."""
+    x = load_f32(pointer, tile_offsets(low, 2), size, DTYPE, MASKED)
     if MAXIMUM:
         y = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     else:
@@ -44,14 +43,10 @@ def _both(x, y, MAXIMUM: tl.constexpr):
 @triton.jit
 def _fold_rows(pointer, size, DTYPE: tl.constexpr, MAXIMUM: tl.constexpr, MASKED: tl.constexpr):
     x0 = _magnitudes(pointer, 0, size, DTYPE, MAXIMUM, MASKED)
-    x1 = _magnitudes(pointer, 1, size, DTYPE, MAXIMUM, MASKED)
-    x2 = _magnitudes(pointer, 2, size, DTYPE, MAXIMUM, MASKED)
-    x3 = _magnitudes(pointer, 3, size, DTYPE, MAXIMUM, MASKED)
     x0 = _both(x0, _magnitudes(pointer, 4, size, DTYPE, MAXIMUM, MASKED), MAXIMUM)
-    x1 = _both(x1, _magnitudes(pointer, 5, size, DTYPE, MAXIMUM, MASKED), MAXIMUM)
+    x2 = _magnitudes(pointer, 2, size, DTYPE, MAXIMUM, MASKED)
     x2 = _both(x2, _magnitudes(pointer, 6, size, DTYPE, MAXIMUM, MASKED), MAXIMUM)
-    x3 = _both(x3, _magnitudes(pointer, 7, size, DTYPE, MAXIMUM, MASKED), MAXIMUM)
-    return _both(_both(x0, x2, MAXIMUM), _both(x1, x3, MAXIMUM), MAXIMUM)
+    return _both(x0, x2, MAXIMUM)
 
 
 @triton.jit
@@ -75,7 +70,7 @@ def _abs_norm_kernel(
     if MAXIMUM:
         tl.store(partials_ptr + chunk, tl.max(folded).to(tl.float32, bitcast=True).to(tl.float64))
     else:
-        store_first(partials_ptr + chunk, fold_sums(folded))
+        tl.store(partials_ptr + chunk, fold_sums(folded))
 
 
 def abs_norm(operands: Operands, partials: torch.Tensor, *, maximum: bool) -> None:
@@ -84,14 +79,15 @@ def abs_norm(operands: Operands, partials: torch.Tensor, *, maximum: bool) -> No
     if cache.chunks == 0:
         return
     tensors = operands["tensors"]
-    _abs_norm_kernel[(cache.chunks,)](
+    launch(
+        _abs_norm_kernel,
+        cache.chunks,
         cache.on_device(partials.device),
         partials,
         len(tensors),
         DTYPE=cache.dtype_code("tensors"),
         MAXIMUM=maximum,
         ALIGNED=cache.aligned(),
-        enable_fp_fusion=False,
         num_warps=fold_warps(tensors[0].itemsize, warp_size()),
     )
 

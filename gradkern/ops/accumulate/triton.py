@@ -13,29 +13,28 @@ from gradkern.ops._triton.kernels import (
     find_row,
     fold_sums,
     load_f32,
-    row_offsets,
     square,
     store_f32,
-    store_first,
+    tile_offsets,
     typed_pointer,
 )
-from gradkern.ops._triton.launch import Variant, fold_warps, warp_size
+from gradkern.ops._triton.launch import FIXED_THREADS, Variant, launch, warp_size
 
 __all__ = ["VARIANTS", "accumulate_"]
 
 
 @triton.jit
-def _accumulate_row(
+def _accumulate_tile(
     main_ptr,
     grad_ptr,
-    row: tl.constexpr,
+    row,
     size,
     DTYPE: tl.constexpr,
     OVERWRITE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Fold one row of every group; returns the squares of the result."""
-    offsets = row_offsets(row)
+    """Fold four rows of every group; returns the squares of the result."""
+    offsets = tile_offsets(row, 4)
     x = load_f32(grad_ptr, offsets, size, DTYPE, MASKED)
     if not OVERWRITE:
         x = load_f32(main_ptr, offsets, size, FLOAT32, MASKED) + x
@@ -45,15 +44,12 @@ def _accumulate_row(
 
 @triton.jit
 def _accumulate_chunk(main_ptr, grad_ptr, size, DTYPE: tl.constexpr, OVERWRITE: tl.constexpr, MASKED: tl.constexpr):
-    s0 = _accumulate_row(main_ptr, grad_ptr, 0, size, DTYPE, OVERWRITE, MASKED)
-    s1 = _accumulate_row(main_ptr, grad_ptr, 1, size, DTYPE, OVERWRITE, MASKED)
-    s2 = _accumulate_row(main_ptr, grad_ptr, 2, size, DTYPE, OVERWRITE, MASKED)
-    s3 = _accumulate_row(main_ptr, grad_ptr, 3, size, DTYPE, OVERWRITE, MASKED)
-    s0 += _accumulate_row(main_ptr, grad_ptr, 4, size, DTYPE, OVERWRITE, MASKED)
-    s1 += _accumulate_row(main_ptr, grad_ptr, 5, size, DTYPE, OVERWRITE, MASKED)
-    s2 += _accumulate_row(main_ptr, grad_ptr, 6, size, DTYPE, OVERWRITE, MASKED)
-    s3 += _accumulate_row(main_ptr, grad_ptr, 7, size, DTYPE, OVERWRITE, MASKED)
-    return (s0 + s2) + (s1 + s3)
+    # A loop, because both halves of a chunk at once would take more registers than leave room for other programs. The
+    # first addition is to zero and rounds nothing.
+    sums = tl.zeros([8, 4, 64], tl.float64)
+    for row in tl.range(0, 8, 4, loop_unroll_factor=1):
+        sums += _accumulate_tile(main_ptr, grad_ptr, row, size, DTYPE, OVERWRITE, MASKED)
+    return tl.sum(tl.reshape(sums, [8, 2, 2, 64]), axis=1)
 
 
 @triton.jit
@@ -69,7 +65,7 @@ def _accumulate_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     row = find_row(table_ptr, rows, chunk, 4)
     offset = (chunk - tl.load(table_ptr + row * 4 + 1)) * CHUNK
-    size = tl.load(table_ptr + row * 4) - offset
+    size = tl.minimum(tl.load(table_ptr + row * 4) - offset, CHUNK).to(tl.int32)
     main_ptr = typed_pointer(tl.load(table_ptr + row * 4 + 2), FLOAT32, ALIGNED) + offset
     grad_ptr = typed_pointer(tl.load(table_ptr + row * 4 + 3), DTYPE, ALIGNED) + offset
     if size >= CHUNK:
@@ -77,7 +73,7 @@ def _accumulate_kernel(
     else:
         sums = _accumulate_chunk(main_ptr, grad_ptr, size, DTYPE, OVERWRITE, True)
     if WITH_PARTIALS:
-        store_first(partials_ptr + chunk, fold_sums(sums))
+        tl.store(partials_ptr + chunk, fold_sums(sums))
 
 
 def accumulate_(operands: Operands, partials: torch.Tensor | None, *, overwrite: bool) -> None:
@@ -87,7 +83,9 @@ def accumulate_(operands: Operands, partials: torch.Tensor | None, *, overwrite:
         return
     table = cache.on_device(operands.device())
     grads = operands["grads"]
-    _accumulate_kernel[(cache.chunks,)](
+    launch(
+        _accumulate_kernel,
+        cache.chunks,
         table,
         table if partials is None else partials,
         len(grads),
@@ -95,8 +93,7 @@ def accumulate_(operands: Operands, partials: torch.Tensor | None, *, overwrite:
         OVERWRITE=overwrite,
         WITH_PARTIALS=partials is not None,
         ALIGNED=cache.aligned(),
-        enable_fp_fusion=False,
-        num_warps=fold_warps(grads[0].itemsize, warp_size()),
+        num_warps=FIXED_THREADS // warp_size(),
     )
 
 
@@ -105,7 +102,7 @@ VARIANTS = [
         _accumulate_kernel,
         {"table_ptr": "*i64", "partials_ptr": "*fp64", "rows": "i32"},
         {"DTYPE": code, "OVERWRITE": overwrite, "WITH_PARTIALS": True, "ALIGNED": True},
-        item_bytes=item_bytes,
+        item_bytes=0,
         hot_bytes=4096 * (item_bytes + (4 if overwrite else 8)),
     )
     for code, item_bytes in ((0, 4), (1, 2), (2, 2))

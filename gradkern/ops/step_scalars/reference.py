@@ -1,4 +1,4 @@
-"""Reference of ``step_scalars_``: an exact, order-independent sum of the partials, then the scalars in fp64.
+"""Reference of ``step_scalars_``: the squares not summed yet, an exact sum of all partials, the scalars in fp64.
 
 The exact sum is a Kulisch accumulator cut to the range of sums of squares of fp32 values: 32-bit limbs in 64-bit
 integers, so that additions commute (order independence after Demmel, Ahrens & Nguyen, ReproBLAS; exactness after
@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+
+from gradkern.ops._table import Operands
+from gradkern.ops.sumsq import reference as sumsq_reference
 
 __all__ = [
     "CLIP_COEF",
@@ -20,6 +24,7 @@ __all__ = [
     "SIZE",
     "SKIP",
     "SKIPPED",
+    "Unsummed",
     "exact_sum",
     "power",
     "round_fp32",
@@ -27,11 +32,25 @@ __all__ = [
 ]
 
 NORM, GRAD_MULTIPLIER, SKIP, CLIP_COEF, SKIPPED, LIMIT = range(6)
-SIZE = 8
+SIZE = 6
 LIMBS = 22
 BIAS = 352
 _LARGEST = 32 * (LIMBS - 3) - 1
 _MASK = 0xFFFFFFFF
+
+
+class Unsummed(NamedTuple):
+    """Gradients whose squares are still to be summed.
+
+    Attributes:
+        operands: A table that has them, of any op.
+        column: Their name in it.
+        partials: fp64, shape ``(chunks,)``; receives the sum of every chunk.
+    """
+
+    operands: Operands
+    column: str
+    partials: torch.Tensor
 
 
 def exact_sum(blocks: Sequence[torch.Tensor]) -> float:
@@ -95,29 +114,37 @@ def step_scalars_(
     scalars: torch.Tensor,
     steps: Sequence[torch.Tensor],
     partials: Sequence[torch.Tensor],
+    unsummed: Sequence[Unsummed],
     *,
     max_norm: float,
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
+    skip_nonfinite: bool,
 ) -> None:
-    """Write norm, gradient multiplier, skip flag and clip coefficient to ``scalars``; count the step unless skipped.
+    """Sum what is not summed yet, write the scalars of the step to ``scalars``, count it unless skipped.
 
     ``norm = sqrt(sum) / grad_scale``; ``clip = min(1, max_norm / (norm + 1e-6))``, NaN staying NaN as in
     ``torch.nn.utils.clip_grad_norm_``, and 1 without a threshold (``max_norm`` inf); the multiplier is
-    ``clip / grad_scale`` rounded to fp32.
+    ``clip / grad_scale`` rounded to fp32. The step is skipped where ``found_inf`` is not 0 and, if asked for, where the
+    norm is not finite; ``scalars[SKIPPED]`` counts the steps skipped.
     """
+    for operands, column, sums in unsummed:
+        sumsq_reference.sumsq(operands, sums, column=column)
     scale = 1.0 if grad_scale is None else float(grad_scale)
+    norm = math.sqrt(exact_sum([*partials, *(sums for _, _, sums in unsummed)])) / scale
     skip = found_inf is not None and float(found_inf) != 0.0
-    norm = math.sqrt(exact_sum(partials)) / scale
+    skip = skip or (skip_nonfinite and not math.isfinite(norm))
     clip = 1.0
     if max_norm != math.inf:
         clip = max_norm / (norm + 1e-6)
         clip = 1.0 if clip > 1.0 else clip  # NaN stays
-    scalars[:4] = torch.tensor(
+    scalars[:SKIPPED] = torch.tensor(
         [norm, round_fp32(clip / scale), 1.0 if skip else 0.0, clip],
         dtype=torch.float64,
         device=scalars.device,
     )
-    if not skip:
-        for block in steps:
-            block.add_(1.0)
+    if skip:
+        scalars[SKIPPED] += 1.0
+        return
+    for block in steps:
+        block.add_(1.0)

@@ -7,34 +7,10 @@ import triton
 import triton.language as tl
 
 from gradkern.ops._table import Operands
-from gradkern.ops._triton.kernels import (
-    CHUNK,
-    find_row,
-    fold_sums,
-    load_f32,
-    row_offsets,
-    square,
-    store_first,
-    typed_pointer,
-)
-from gradkern.ops._triton.launch import Variant, fold_warps, warp_size
+from gradkern.ops._triton.kernels import sum_chunk
+from gradkern.ops._triton.launch import Variant, fold_warps, launch, warp_size
 
 __all__ = ["VARIANTS", "sumsq"]
-
-
-@triton.jit
-def _row_pair(pointer, low: tl.constexpr, size, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    """Squares of rows ``low`` and ``low + 4``, added: the first level of the fold."""
-    x = load_f32(pointer, row_offsets(low), size, DTYPE, MASKED)
-    y = load_f32(pointer, row_offsets(low + 4), size, DTYPE, MASKED)
-    return square(x) + square(y)
-
-
-@triton.jit
-def _fold_rows(pointer, size, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    even = _row_pair(pointer, 0, size, DTYPE, MASKED) + _row_pair(pointer, 2, size, DTYPE, MASKED)
-    odd = _row_pair(pointer, 1, size, DTYPE, MASKED) + _row_pair(pointer, 3, size, DTYPE, MASKED)
-    return even + odd
 
 
 @triton.jit
@@ -48,15 +24,7 @@ def _sumsq_kernel(
     ALIGNED: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    row = find_row(table_ptr, rows, chunk, COLUMNS)
-    offset = (chunk - tl.load(table_ptr + row * COLUMNS + 1)) * CHUNK
-    size = tl.load(table_ptr + row * COLUMNS) - offset
-    pointer = typed_pointer(tl.load(table_ptr + row * COLUMNS + 2 + OPERAND), DTYPE, ALIGNED) + offset
-    if size >= CHUNK:
-        sums = _fold_rows(pointer, size, DTYPE, False)
-    else:
-        sums = _fold_rows(pointer, size, DTYPE, True)
-    store_first(partials_ptr + chunk, fold_sums(sums))
+    tl.store(partials_ptr + chunk, sum_chunk(table_ptr, rows, chunk, COLUMNS, OPERAND, DTYPE, ALIGNED))
 
 
 def sumsq(operands: Operands, partials: torch.Tensor, *, column: str = "tensors") -> None:
@@ -66,7 +34,9 @@ def sumsq(operands: Operands, partials: torch.Tensor, *, column: str = "tensors"
         return
     table = cache.on_device(partials.device)
     tensors = operands[column]
-    _sumsq_kernel[(cache.chunks,)](
+    launch(
+        _sumsq_kernel,
+        cache.chunks,
         table,
         partials,
         len(tensors),
@@ -74,7 +44,6 @@ def sumsq(operands: Operands, partials: torch.Tensor, *, column: str = "tensors"
         OPERAND=list(operands.columns).index(column),
         DTYPE=cache.dtype_code(column),
         ALIGNED=cache.aligned(),
-        enable_fp_fusion=False,
         num_warps=fold_warps(tensors[0].itemsize, warp_size()),
     )
 
