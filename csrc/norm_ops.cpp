@@ -110,6 +110,36 @@ void accumulate_table(Tensor table_tensor, int64_t dtype_code, std::optional<Ten
   });
 }
 
+// Columns: gradients, codes, exponents, keys.
+void stash_table(Tensor table_tensor, int64_t dtype_code, Tensor partials) {
+  const Table table("stash_", table_tensor, 4);
+  const DType dtype = checked_dtype("stash_", dtype_code);
+  check_block("stash_", "partials", partials, table.chunks());
+  auto* out = static_cast<double*>(partials.mutable_data_ptr());
+  const int64_t item = item_size(dtype);
+  const auto stash = kernels().stash;
+  table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
+    out[chunk] = stash(table.address(row, 0) + offset * item, dtype, offset, size,
+                       static_cast<uint32_t>(table.integer(row, 3)), table.address(row, 1) + offset,
+                       table.address(row, 2) + offset / kStateBlock);
+  });
+}
+
+// Columns: gradients, codes, exponents.
+void unstash_table(Tensor table_tensor, int64_t dtype_code, Tensor multiplier) {
+  const Table table("unstash_", table_tensor, 3);
+  const DType dtype = checked_dtype("unstash_", dtype_code);
+  STD_TORCH_CHECK(multiplier.numel() == 1 && multiplier.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "unstash_: multiplier must be one fp32 number, got ", multiplier.numel(), " or another dtype");
+  const float factor = *static_cast<const float*>(multiplier.const_data_ptr());
+  const int64_t item = item_size(dtype);
+  const auto unstash = kernels().unstash;
+  table.for_each_chunk([&](int64_t row, int64_t, int64_t offset, int64_t size) {
+    unstash(table.address(row, 0) + offset * item, dtype, size, table.address(row, 1) + offset,
+            table.address(row, 2) + offset / kStateBlock, factor);
+  });
+}
+
 // `tables`, `operands`, `dtypes` and `sums` are parallel lists: gradients whose squares are still to be summed.
 void step_scalars(Tensor scalars, HeaderOnlyArrayRef<Tensor> steps, HeaderOnlyArrayRef<Tensor> partials,
                   HeaderOnlyArrayRef<Tensor> tables, HeaderOnlyArrayRef<int64_t> operands,
@@ -172,5 +202,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
   m.impl("_sumsq_exact_table_", TORCH_BOX(&gradkern::sumsq_exact_table));
   m.impl("_abs_norm_table_", TORCH_BOX(&gradkern::abs_norm_table));
   m.impl("_accumulate_table_", TORCH_BOX(&gradkern::accumulate_table));
+  m.impl("_stash_table_", TORCH_BOX(&gradkern::stash_table));
+  m.impl("_unstash_table_", TORCH_BOX(&gradkern::unstash_table));
   m.impl("_step_scalars_native_", TORCH_BOX(&gradkern::step_scalars));
 }

@@ -16,6 +16,7 @@ from gradkern.errors import (
     LedgerError,
     PlanInfeasibleError,
 )
+from gradkern.gradient_release import GradientRelease
 from gradkern.ops._registry import use_backend
 from gradkern.optim import SGD, Adam, AdamW, Lion
 from gradkern.step_event import ParamStep, StepEvent
@@ -30,6 +31,7 @@ __all__ = [
     "BackendUnavailableError",
     "BudgetExceededError",
     "GradAccumulator",
+    "GradientRelease",
     "GradkernError",
     "LedgerError",
     "Lion",

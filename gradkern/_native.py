@@ -20,6 +20,8 @@ _SCHEMAS = (
     "_sumsq_exact_table_(Tensor table, int operand, int dtype, Tensor(a!) limbs) -> ()",
     "_abs_norm_table_(Tensor table, int dtype, bool maximum, Tensor(a!) partials) -> ()",
     "_accumulate_table_(Tensor table, int dtype, Tensor(a!)? partials, bool overwrite) -> ()",
+    "_stash_table_(Tensor table, int dtype, Tensor(a!) partials) -> ()",
+    "_unstash_table_(Tensor table, int dtype, Tensor multiplier) -> ()",
     "_step_scalars_native_(Tensor(a!) scalars, Tensor(b!)[] steps, Tensor[] partials, Tensor[] tables, "
     "int[] operands, int[] dtypes, Tensor(c!)[] sums, float max_norm, float? grad_scale, bool skip, "
     "bool skip_nonfinite) -> ()",

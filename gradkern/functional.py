@@ -23,12 +23,16 @@ from gradkern.ops._table import AddressTable, Operands
 from gradkern.ops.abs_norm.spec import SPEC as ABS_NORM
 from gradkern.ops.accumulate.spec import ROLES as ACCUMULATE_ROLES
 from gradkern.ops.accumulate.spec import SPEC as ACCUMULATE
+from gradkern.ops.stash.spec import ROLES as STASH_ROLES
+from gradkern.ops.stash.spec import SPEC as STASH
 from gradkern.ops.step_scalars import reference as scalar_layout
 from gradkern.ops.step_scalars.spec import SPEC as STEP_SCALARS
 from gradkern.ops.sumsq.spec import SPEC as SUMSQ
 from gradkern.ops.sumsq_exact import reference as exact_layout
 from gradkern.ops.sumsq_exact.reference import exact_partials
 from gradkern.ops.sumsq_exact.spec import SPEC as SUMSQ_EXACT
+from gradkern.ops.unstash.spec import ROLES as UNSTASH_ROLES
+from gradkern.ops.unstash.spec import SPEC as UNSTASH
 
 __all__ = [
     "abs_norm",
@@ -38,6 +42,7 @@ __all__ = [
     "exact_partials",
     "new_partials",
     "new_scalars",
+    "stash_",
     "step_",
     "step_of_",
     "step_operands",
@@ -45,6 +50,7 @@ __all__ = [
     "sumsq",
     "sumsq_exact",
     "sumsq_of",
+    "unstash_",
 ]
 
 
@@ -190,6 +196,72 @@ def accumulate_with_partials_(
     _registry.select(ACCUMULATE, partials.device)(operands, partials, overwrite=overwrite)
     increment_version(main_grads)
     return partials
+
+
+def stash_(
+    grads: Sequence[torch.Tensor],
+    codes: Sequence[torch.Tensor],
+    exponents: Sequence[torch.Tensor],
+    keys: Sequence[int],
+    *,
+    cache: AddressTable | None = None,
+) -> torch.Tensor:
+    """Put gradients away in 8-bit blocks: a byte an element, and one exponent for every 64 elements.
+
+    Args:
+        grads: fp32, bf16 or fp16, one dtype, dense.
+        codes: uint8, laid out as the gradients; overwritten.
+        exponents: uint8, one per block of 64 elements in memory order, contiguous; overwritten.
+        keys: One per gradient, 0 <= key < 2**32: what the random words of its rounding depend on beside the position.
+        cache: Table kept from the last call with the same operands.
+
+    Returns:
+        The partials of the gradients as they came, as :func:`sumsq` gives them, from the same pass over memory.
+
+    Numerics:
+        A code has a sign, 4 exponent and 3 mantissa bits. Rounding is stochastic, so that the mean of what
+        :func:`unstash_` gives back is the gradient; below 2**-14 of the largest of a block it tends to zero. Numbers
+        that are not finite stay what they are.
+    """
+    if torch.compiler.is_compiling():
+        partials = new_partials(grads)
+        torch.ops.gradkern.stash_.default(list(grads), list(codes), list(exponents), partials, list(keys))
+        return partials
+    columns = {"grads": grads, "codes": codes, "exponents": exponents, "keys": keys}
+    operands = Operands(STASH.name, columns, cache, roles=STASH_ROLES)
+    partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
+    _registry.select(STASH, partials.device)(operands, partials)
+    increment_version([*codes, *exponents])
+    return partials
+
+
+def unstash_(
+    grads: Sequence[torch.Tensor],
+    codes: Sequence[torch.Tensor],
+    exponents: Sequence[torch.Tensor],
+    multiplier: torch.Tensor,
+    *,
+    cache: AddressTable | None = None,
+) -> None:
+    """Take gradients out of their 8-bit blocks, times a multiplier.
+
+    Args:
+        grads: fp32, bf16 or fp16, one dtype, dense; overwritten.
+        codes: As :func:`stash_` left them.
+        exponents: The same.
+        multiplier: 0-dim fp32, on the device of the gradients.
+        cache: Table kept from the last call with the same operands.
+
+    Numerics:
+        One fp32 multiplication per element, then one rounding where the gradients are narrower.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.gradkern.unstash_.default(list(grads), list(codes), list(exponents), multiplier)
+    else:
+        columns = {"grads": grads, "codes": codes, "exponents": exponents}
+        operands = Operands(UNSTASH.name, columns, cache, roles=UNSTASH_ROLES)
+        _registry.select(UNSTASH, operands.device())(operands, multiplier)
+    increment_version(grads)
 
 
 def step_scalars_(

@@ -1,0 +1,97 @@
+"""Triton kernel of ``stash_``: one program a chunk; codes, exponents and squares from the same registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gradkern.ops._step.triton_codecs import random_words
+from gradkern.ops._table import Operands
+from gradkern.ops._triton.kernels import CHUNK, find_row, fold_sums, load_f32, square, tile_offsets, typed_pointer
+from gradkern.ops._triton.launch import FIXED_THREADS, Variant, launch, warp_size
+
+__all__ = ["VARIANTS", "stash_"]
+
+_BLOCK = tl.constexpr(64)
+
+
+@triton.jit
+def _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """Put four rows of every group away, a row being a block; returns their squares."""
+    offsets = tile_offsets(row, 4)
+    x = load_f32(grad_ptr, offsets, size, DTYPE, MASKED)
+    bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
+    magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
+    exponents = tl.max(magnitude, axis=2) >> 23
+    random = (random_words(key, offset + offsets) >> 12).to(tl.int32)
+    base = tl.where(exponents < 15, 0, exponents - 15) << 3
+    code = ((magnitude + random) >> 20) - base[:, :, None]
+    code = tl.minimum(tl.maximum(code, 0), 127)
+    code = (tl.where(bits >= 0x80000000, -code, code) & 0xFF).to(tl.uint8)
+    blocks = tl.arange(0, 8)[:, None] * 8 + row + tl.arange(0, 4)[None, :]
+    if MASKED:
+        tl.store(codes_ptr + offsets, code, mask=offsets < size)
+        tl.store(exponents_ptr + blocks, exponents.to(tl.uint8), mask=blocks * _BLOCK < size)
+    else:
+        tl.store(codes_ptr + offsets, code)
+        tl.store(exponents_ptr + blocks, exponents.to(tl.uint8))
+    return square(x)
+
+
+@triton.jit
+def _stash_chunk(grad_ptr, codes_ptr, exponents_ptr, offset, size, key, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    # The first addition is to zero and rounds nothing.
+    sums = tl.zeros([8, 4, 64], tl.float64)
+    for row in tl.range(0, 8, 4, loop_unroll_factor=1):
+        sums += _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYPE, MASKED)
+    return tl.sum(tl.reshape(sums, [8, 2, 2, 64]), axis=1)
+
+
+@triton.jit
+def _stash_kernel(table_ptr, partials_ptr, rows, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    chunk = tl.program_id(0).to(tl.int64)
+    row = find_row(table_ptr, rows, chunk, 6)
+    offset = (chunk - tl.load(table_ptr + row * 6 + 1)) * CHUNK
+    size = tl.minimum(tl.load(table_ptr + row * 6) - offset, CHUNK).to(tl.int32)
+    grad_ptr = typed_pointer(tl.load(table_ptr + row * 6 + 2), DTYPE, ALIGNED) + offset
+    codes_ptr = tl.load(table_ptr + row * 6 + 3).to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        codes_ptr = tl.multiple_of(codes_ptr, 16)
+    codes_ptr += offset
+    exponents_ptr = tl.load(table_ptr + row * 6 + 4).to(tl.pointer_type(tl.uint8)) + offset // _BLOCK
+    key = tl.load(table_ptr + row * 6 + 5).to(tl.uint32)
+    if size >= CHUNK:
+        sums = _stash_chunk(grad_ptr, codes_ptr, exponents_ptr, offset, size, key, DTYPE, False)
+    else:
+        sums = _stash_chunk(grad_ptr, codes_ptr, exponents_ptr, offset, size, key, DTYPE, True)
+    tl.store(partials_ptr + chunk, fold_sums(sums))
+
+
+def stash_(operands: Operands, partials: torch.Tensor) -> None:
+    """Launch one program per chunk; same contract as the reference."""
+    cache = operands.cache
+    if cache.chunks == 0:
+        return
+    launch(
+        _stash_kernel,
+        cache.chunks,
+        cache.on_device(operands.device()),
+        partials,
+        len(operands["grads"]),
+        DTYPE=cache.dtype_code("grads"),
+        ALIGNED=cache.aligned(),
+        num_warps=FIXED_THREADS // warp_size(),
+    )
+
+
+VARIANTS = [
+    Variant(
+        _stash_kernel,
+        {"table_ptr": "*i64", "partials_ptr": "*fp64", "rows": "i32"},
+        {"DTYPE": code, "ALIGNED": True},
+        item_bytes=0,
+        hot_bytes=4096 * (item_bytes + 1),
+    )
+    for code, item_bytes in ((0, 4), (1, 2), (2, 2))
+]

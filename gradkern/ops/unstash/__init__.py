@@ -1,0 +1,1 @@
+"""Gradients taken out of their 8-bit blocks again, scaled."""
