@@ -56,7 +56,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
-    return [v.clone() for v in value] if isinstance(value, list) else value
+    return [_copy(v) for v in value] if isinstance(value, list) else value
 
 
 def _tensors(values: list[Any]) -> Iterator[torch.Tensor]:
@@ -64,4 +64,4 @@ def _tensors(values: list[Any]) -> Iterator[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, list):
-            yield from value
+            yield from _tensors(value)

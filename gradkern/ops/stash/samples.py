@@ -28,5 +28,6 @@ def samples() -> Iterator[Sample]:
                     partials,
                     [(n * 0x9E3779B9) & 0xFFFFFFFF for n in SIZES],
                 ),
+                {},
             )
-    yield Sample("empty lists", ([], [], [], torch.zeros(0, dtype=torch.float64), []))
+    yield Sample("empty lists", ([], [], [], torch.zeros(0, dtype=torch.float64), []), {})

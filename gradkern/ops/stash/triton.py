@@ -9,11 +9,14 @@ import triton.language as tl
 from gradkern.ops._step.triton_codecs import random_words
 from gradkern.ops._table import Operands
 from gradkern.ops._triton.kernels import CHUNK, find_row, fold_sums, load_f32, square, tile_offsets, typed_pointer
-from gradkern.ops._triton.launch import FIXED_THREADS, Variant, launch, warp_size
+from gradkern.ops._triton.launch import Variant, fold_warps, launch, warp_size
 
 __all__ = ["VARIANTS", "stash_"]
 
 _BLOCK = tl.constexpr(64)
+
+# Codes take one byte, and a tile is two of those that this counts in.
+_ITEM_BYTES = 2
 
 
 @triton.jit
@@ -32,10 +35,9 @@ def _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYP
     blocks = tl.arange(0, 8)[:, None] * 8 + row + tl.arange(0, 4)[None, :]
     if MASKED:
         tl.store(codes_ptr + offsets, code, mask=offsets < size)
-        tl.store(exponents_ptr + blocks, exponents.to(tl.uint8), mask=blocks * _BLOCK < size)
     else:
         tl.store(codes_ptr + offsets, code)
-        tl.store(exponents_ptr + blocks, exponents.to(tl.uint8))
+    tl.store(exponents_ptr + blocks, exponents.to(tl.uint8), mask=blocks * _BLOCK < size)
     return square(x)
 
 
@@ -81,7 +83,7 @@ def stash_(operands: Operands, partials: torch.Tensor) -> None:
         len(operands["grads"]),
         DTYPE=cache.dtype_code("grads"),
         ALIGNED=cache.aligned(),
-        num_warps=FIXED_THREADS // warp_size(),
+        num_warps=fold_warps(_ITEM_BYTES, warp_size()),
     )
 
 
@@ -90,7 +92,7 @@ VARIANTS = [
         _stash_kernel,
         {"table_ptr": "*i64", "partials_ptr": "*fp64", "rows": "i32"},
         {"DTYPE": code, "ALIGNED": True},
-        item_bytes=0,
+        item_bytes=_ITEM_BYTES,
         hot_bytes=4096 * (item_bytes + 1),
     )
     for code, item_bytes in ((0, 4), (1, 2), (2, 2))

@@ -22,5 +22,5 @@ def samples() -> Iterator[Sample]:
     for dtype in DTYPE_CODES:
         for multiplier in (1.0, 0.3, float("nan")):
             grads = [torch.zeros(n, dtype=dtype) for n in SIZES]
-            yield Sample(f"{dtype} times {multiplier}", (grads, codes, exponents, torch.tensor(multiplier)))
-    yield Sample("empty lists", ([], [], [], torch.tensor(1.0)))
+            yield Sample(f"{dtype} times {multiplier}", (grads, codes, exponents, torch.tensor(multiplier)), {})
+    yield Sample("empty lists", ([], [], [], torch.tensor(1.0)), {})
