@@ -1,4 +1,4 @@
-"""Triton kernel of ``stash_``: one program a chunk; codes, exponents and squares from the same registers."""
+"""Triton kernel of ``stash_``: one program a chunk: its blocks, then its squares out of the cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from gradkern.ops._step.triton_codecs import random_words
 from gradkern.ops._table import Operands
-from gradkern.ops._triton.kernels import CHUNK, find_row, fold_sums, load_f32, square, tile_offsets, typed_pointer
+from gradkern.ops._triton.kernels import CHUNK, find_row, load_f32, sum_chunk, tile_offsets, typed_pointer
 from gradkern.ops._triton.launch import Variant, fold_warps, launch, warp_size
 
 __all__ = ["VARIANTS", "stash_"]
@@ -21,13 +21,13 @@ _ITEM_BYTES = 2
 
 @triton.jit
 def _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    """Put four rows of every group away, a row being a block; returns their squares."""
+    """Put four rows of every group away, a row being a block."""
     offsets = tile_offsets(row, 4)
     x = load_f32(grad_ptr, offsets, size, DTYPE, MASKED)
     bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
     magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
     exponents = tl.max(magnitude, axis=2) >> 23
-    random = (random_words(key, offset + offsets) >> 12).to(tl.int32)
+    random = (random_words(key, offset.to(tl.uint32) + offsets.to(tl.uint32)) >> 12).to(tl.int32)
     base = tl.where(exponents < 15, 0, exponents - 15) << 3
     code = ((magnitude + random) >> 20) - base[:, :, None]
     code = tl.minimum(tl.maximum(code, 0), 127)
@@ -38,16 +38,12 @@ def _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYP
     else:
         tl.store(codes_ptr + offsets, code)
     tl.store(exponents_ptr + blocks, exponents.to(tl.uint8), mask=blocks * _BLOCK < size)
-    return square(x)
 
 
 @triton.jit
 def _stash_chunk(grad_ptr, codes_ptr, exponents_ptr, offset, size, key, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    # The first addition is to zero and rounds nothing.
-    sums = tl.zeros([8, 4, 64], tl.float64)
     for row in tl.range(0, 8, 4, loop_unroll_factor=1):
-        sums += _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYPE, MASKED)
-    return tl.sum(tl.reshape(sums, [8, 2, 2, 64]), axis=1)
+        _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYPE, MASKED)
 
 
 @triton.jit
@@ -64,10 +60,12 @@ def _stash_kernel(table_ptr, partials_ptr, rows, DTYPE: tl.constexpr, ALIGNED: t
     exponents_ptr = tl.load(table_ptr + row * 6 + 4).to(tl.pointer_type(tl.uint8)) + offset // _BLOCK
     key = tl.load(table_ptr + row * 6 + 5).to(tl.uint32)
     if size >= CHUNK:
-        sums = _stash_chunk(grad_ptr, codes_ptr, exponents_ptr, offset, size, key, DTYPE, False)
+        _stash_chunk(grad_ptr, codes_ptr, exponents_ptr, offset, size, key, DTYPE, False)
     else:
-        sums = _stash_chunk(grad_ptr, codes_ptr, exponents_ptr, offset, size, key, DTYPE, True)
-    tl.store(partials_ptr + chunk, fold_sums(sums))
+        _stash_chunk(grad_ptr, codes_ptr, exponents_ptr, offset, size, key, DTYPE, True)
+    # Codes want 16 elements to a thread, whose squares would take more registers than leave room for other programs; so
+    # the chunk, in the cache by now, is read once more.
+    tl.store(partials_ptr + chunk, sum_chunk(table_ptr, rows, chunk, 6, 0, DTYPE, ALIGNED))
 
 
 def stash_(operands: Operands, partials: torch.Tensor) -> None:
@@ -93,7 +91,7 @@ VARIANTS = [
         {"table_ptr": "*i64", "partials_ptr": "*fp64", "rows": "i32"},
         {"DTYPE": code, "ALIGNED": True},
         item_bytes=_ITEM_BYTES,
-        hot_bytes=4096 * (item_bytes + 1),
+        hot_bytes=4096 * (2 * item_bytes + 1),
     )
     for code, item_bytes in ((0, 4), (1, 2), (2, 2))
 ]
