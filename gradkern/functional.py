@@ -227,8 +227,12 @@ def stash_(
         partials = new_partials(grads)
         torch.ops.gradkern.stash_.default(list(grads), list(codes), list(exponents), partials, list(keys))
         return partials
-    columns = {"grads": grads, "codes": codes, "exponents": exponents, "keys": keys}
-    operands = Operands(STASH.name, columns, cache, roles=STASH_ROLES)
+    operands = Operands(
+        STASH.name,
+        {"grads": grads, "codes": codes, "exponents": exponents, "keys": keys},
+        cache,
+        roles=STASH_ROLES,
+    )
     partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
     _registry.select(STASH, partials.device)(operands, partials)
     increment_version([*codes, *exponents])

@@ -346,3 +346,15 @@ def test_one_owner():
         gk.GradientRelease(opt)
     first.detach()
     gk.GradientRelease(opt).detach()
+
+
+def test_processes_that_would_average_are_refused():
+    model = deep(layers=2)
+    release = gk.GradientRelease(torch.optim.SGD(model.parameters(), lr=0.1))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="expected one process"):
+            loss_of(model).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert release.held_grad_bytes == 0

@@ -23,7 +23,7 @@ def stash_(operands: Operands, partials: torch.Tensor) -> None:
     columns = (operands[name] for name in ("grads", "codes", "exponents"))
     for grad, codes, exponents, key in zip(*columns, operands.integers("keys"), strict=True):
         wide, flat = flat_view(grad).float(), flat_view(codes)
-        words = random_words(key, wide.numel())
+        words = random_words(key & 0xFFFFFFFF, wide.numel())
         encode_state(StateCodec.BLOCK8, wide, flat, exponents, key, signed=True, half=0, stirred=words)
         flat[flat == _MOST_NEGATIVE] = _CUT
     sumsq_reference.sumsq(Operands(operands.op, {"tensors": operands["grads"]}), partials)

@@ -30,8 +30,7 @@ def _traceable(
     partials: torch.Tensor,
     keys: list[int],
 ) -> None:
-    columns = {"grads": grads, "codes": codes, "exponents": exponents, "keys": keys}
-    operands = Operands(SPEC.name, columns, roles=ROLES)
+    operands = Operands(SPEC.name, {"grads": grads, "codes": codes, "exponents": exponents, "keys": keys}, roles=ROLES)
     _registry.select(SPEC, operands.device())(operands, partials)
 
 

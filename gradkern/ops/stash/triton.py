@@ -20,9 +20,20 @@ _ITEM_BYTES = 2
 
 
 @triton.jit
-def _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    """Put four rows of every group away, a row being a block."""
-    offsets = tile_offsets(row, 4)
+def _stash_tile(
+    grad_ptr,
+    codes_ptr,
+    exponents_ptr,
+    row,
+    offset,
+    size,
+    key,
+    ROWS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Put some rows of every group away, a row being a block."""
+    offsets = tile_offsets(row, ROWS)
     x = load_f32(grad_ptr, offsets, size, DTYPE, MASKED)
     bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
     magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
@@ -32,7 +43,7 @@ def _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYP
     code = ((magnitude + random) >> 20) - base[:, :, None]
     code = tl.minimum(tl.maximum(code, 0), 127)
     code = (tl.where(bits >= 0x80000000, -code, code) & 0xFF).to(tl.uint8)
-    blocks = tl.arange(0, 8)[:, None] * 8 + row + tl.arange(0, 4)[None, :]
+    blocks = tl.arange(0, 8)[:, None] * 8 + row + tl.arange(0, ROWS)[None, :]
     if MASKED:
         tl.store(codes_ptr + offsets, code, mask=offsets < size)
     else:
@@ -42,8 +53,10 @@ def _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYP
 
 @triton.jit
 def _stash_chunk(grad_ptr, codes_ptr, exponents_ptr, offset, size, key, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    for row in tl.range(0, 8, 4, loop_unroll_factor=1):
-        _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, DTYPE, MASKED)
+    # Masked accesses are never wide: fewer elements at once leave their addresses and masks less room.
+    ROWS: tl.constexpr = 1 if MASKED else 4
+    for row in tl.range(0, 8, ROWS, loop_unroll_factor=1):
+        _stash_tile(grad_ptr, codes_ptr, exponents_ptr, row, offset, size, key, ROWS, DTYPE, MASKED)
 
 
 @triton.jit
