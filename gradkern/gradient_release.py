@@ -287,8 +287,6 @@ class GradientRelease:
         grads = [torch.empty_like(s.codes, dtype=p.dtype) for p, s in zip(params, stashed, strict=True)]
         self._note_peak(sum(g.nbytes for g in grads))
         functional.unstash_(grads, [s.codes for s in stashed], [s.exponents for s in stashed], multiplier)
-        for index in batch:
-            self._held_bytes -= self._stash.pop(index).nbytes
         try:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
@@ -296,6 +294,8 @@ class GradientRelease:
         finally:
             for param in params:
                 param.grad = None
+        for index in batch:  # only now: an optimizer that raises at the first of them has cost no gradient
+            self._held_bytes -= self._stash.pop(index).nbytes
 
     def _check_called_by_me(self) -> None:
         if self._stash and not self._stepping:

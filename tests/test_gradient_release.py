@@ -358,3 +358,19 @@ def test_processes_that_would_average_are_refused():
     finally:
         torch.distributed.destroy_process_group()
     assert release.held_grad_bytes == 0
+
+
+def test_an_optimizer_that_refuses_costs_no_gradient():
+    model = deep(layers=2)
+    opt = gk.AdamW(model.parameters())
+    release = gk.GradientRelease(opt)
+    loss_of(model).backward()
+    held = release.held_grad_bytes
+    opt.param_groups[0]["betas"] = (0.9, "not a number")
+    with pytest.raises((TypeError, ValueError)):
+        release.step()
+    assert release.held_grad_bytes == held
+    assert all(p.grad is None for p in model.parameters())
+    opt.param_groups[0]["betas"] = (0.9, 0.999)
+    assert release.step() > 0
+    assert release.held_grad_bytes == 0
