@@ -119,9 +119,9 @@ void stash_table(Tensor table_tensor, int64_t dtype_code, Tensor partials) {
   const int64_t item = item_size(dtype);
   const auto stash = kernels().stash;
   table.for_each_chunk([&](int64_t row, int64_t chunk, int64_t offset, int64_t size) {
-    out[chunk] = stash(table.address(row, 0) + offset * item, dtype, offset, size,
-                       static_cast<uint32_t>(table.integer(row, 3)), table.address(row, 1) + offset,
-                       table.address(row, 2) + offset / kStateBlock);
+    out[chunk] =
+        stash(table.address(row, 0) + offset * item, dtype, offset, size, static_cast<uint32_t>(table.integer(row, 3)),
+              table.address(row, 1) + offset, table.address(row, 2) + offset / kStateBlock);
   });
 }
 

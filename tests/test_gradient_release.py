@@ -117,18 +117,20 @@ def test_what_is_held_is_all_that_lives():
     params = list(model.parameters())
     release = gk.GradientRelease(torch.optim.SGD(params, lr=0.1))
 
-    def live_bytes():
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    def living():
+        return [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
 
     gc.collect()
-    before = live_bytes()
+    old = living()  # held, so that none of them goes meanwhile
+    known = {t.untyped_storage().data_ptr() for t in old}
     loss_of(model).backward()
     gc.collect()
     assert shown == [1] * len(params)  # the others are gone, or have not come
+    new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in living()}
+    held = sum(nbytes for address, nbytes in new.items() if address not in known)
     # Beside the blocks, only the sums of squares and the tables of addresses live.
     beside = sum(8 * chunk_count(p.numel()) + 8 * 6 for p in params)
-    assert release.held_grad_bytes <= live_bytes() - before <= release.held_grad_bytes + beside
+    assert release.held_grad_bytes <= held <= release.held_grad_bytes + beside
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -156,9 +158,9 @@ def test_trains_as_the_full_gradients_do(make):
         release = gk.GradientRelease(opt, max_norm=1.0) if released else None
         generator = torch.Generator().manual_seed(4)
         losses = []
-        for _ in range(150):
+        for _ in range(100):
             x = torch.randint(0, 16, (16, 12), generator=generator)
-            loss = nn.functional.cross_entropy(model(x).flatten(0, 1), x.roll(-1, 1).add(x).remainder(16).flatten())
+            loss = nn.functional.cross_entropy(model(x).flatten(0, 1), (5 * x + 3).remainder(16).flatten())
             loss.backward()
             if release is None:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -167,12 +169,12 @@ def test_trains_as_the_full_gradients_do(make):
             else:
                 release.step()
             losses.append(loss.item())
-        return losses[0], sum(losses[-20:]) / 20
+        return losses[0], sum(losses[-10:]) / 10
 
     start, full = train(released=False)
     _, stashed = train(released=True)
-    assert full < start - 0.1
-    assert abs(stashed - full) < 0.1 * (start - full)
+    assert full < start / 10
+    assert abs(stashed - full) < 0.02 * start
 
 
 def test_optimizer_state_counts_every_step_once():
