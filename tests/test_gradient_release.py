@@ -376,3 +376,15 @@ def test_an_optimizer_that_refuses_costs_no_gradient():
     opt.param_groups[0]["betas"] = (0.9, 0.999)
     assert release.step() > 0
     assert release.held_grad_bytes == 0
+
+
+@pytest.mark.parametrize("options", [{"master": "split8", "state": "int8"}, {"stochastic_rounding": True}])
+def test_works_with_low_precision_state(options):
+    model = deep(torch.bfloat16, layers=3)
+    release = gk.GradientRelease(gk.AdamW(model.parameters(), lr=1e-2, **options), max_norm=1.0)
+    losses = []
+    for _ in range(20):
+        losses.append(loss_of(model))
+        losses[-1].backward()
+        release.step()
+    assert losses[-1] < losses[0] / 2
