@@ -138,7 +138,7 @@ def test_warnings_point_at_the_line_that_asked(token_model, tmp_path):
     recorder = gk.rollback.record(token_model, gk.AdamW(token_model.parameters()), tmp_path / "run")
     ledger = gk.rollback.open(tmp_path / "run")
     for ask in (ledger.explain, ledger.scores):
-        with pytest.warns(UserWarning, match="without close") as caught:
+        with recorder.paused(), pytest.warns(UserWarning, match="without close") as caught:
             ask(token_model, token_data(), loss_fn=token_loss)
         assert caught[0].filename == __file__
     recorder.close()
