@@ -102,7 +102,7 @@ class GradientRelease:
             )
         if not 0 <= seed < 1 << 53:
             raise ValueError(f"GradientRelease: seed must be at least 0 and below 2**53, got {seed}")
-        if getattr(optimizer, "clip", None) is not None or getattr(optimizer, "_skip_nonfinite", False):
+        if getattr(optimizer, "clip", None) is not None or getattr(optimizer, "skip_nonfinite", False):
             raise ValueError(
                 f"GradientRelease: got a {type(optimizer).__name__} that clips or skips by itself, which would see a "
                 "few gradients at a time; make it without and pass max_norm and skip_nonfinite to GradientRelease"

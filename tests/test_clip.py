@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 
@@ -173,3 +174,34 @@ def test_clipping_bumps_the_version():
     version = made[0].grad._version
     gk.clip_grad_norm_(made, 0.1)
     assert made[0].grad._version > version
+
+
+def test_one_global_norm_for_several_optimizers_clips_by_their_joint_norm():
+    torch.manual_seed(0)
+    ours = [torch.nn.Linear(8, 8), torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)]
+    theirs = copy.deepcopy(ours)
+    clip = gk.clip.GlobalNorm(0.5)
+    opts = [
+        gk.AdamW(ours[0].parameters(), lr=0.1, clip=clip),
+        gk.SGD(ours[1].parameters(), lr=0.1, momentum=0.9, clip=clip),
+        torch.optim.Muon(ours[2].parameters(), lr=0.1),
+    ]
+    clip.attach(opts[2])
+    stock = [
+        torch.optim.AdamW(theirs[0].parameters(), lr=0.1),
+        torch.optim.SGD(theirs[1].parameters(), lr=0.1, momentum=0.9),
+        torch.optim.Muon(theirs[2].parameters(), lr=0.1),
+    ]
+    params = [[p for module in modules for p in module.parameters()] for modules in (ours, theirs)]
+    for round_ in range(4):
+        x = torch.randn(16, 8)
+        for modules in (ours, theirs):
+            torch.nn.Sequential(*modules)(x).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(params[1], 0.5)
+        turn = [*opts[round_ % 3 :], *opts[: round_ % 3]]  # whoever steps first measures for all
+        for opt in (*turn, *stock):
+            opt.step()
+            opt.zero_grad()
+        torch.testing.assert_close(opts[0].grad_norm, norm)
+        for p, q in zip(*params, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)

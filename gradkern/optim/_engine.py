@@ -7,7 +7,6 @@ A fused optimizer inherits from its namesake in ``torch.optim`` (so that checks,
 from __future__ import annotations
 
 import copy
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -18,10 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gradkern import functional
 from gradkern.clip.global_norm import GlobalNorm
-from gradkern.clip.norms import norm_of_order
-from gradkern.clip.policy import ClipPolicy, set_clip_
-from gradkern.grad_fold import FOLD_MIN_NUMEL, GradFold, known_partials
-from gradkern.ops._chunks import chunk_count, kernel_can_read
+from gradkern.clip.policy import ClipPolicy
+from gradkern.grad_fold import FOLD_MIN_NUMEL, GradFold
+from gradkern.ops._chunks import kernel_can_read
 from gradkern.ops._step.codecs import GradTransform
 from gradkern.ops._step.rule import Codecs, State
 from gradkern.ops._step.spec import StepOp
@@ -30,6 +28,7 @@ from gradkern.optim._gather import Bucket, Gathering
 from gradkern.optim._hyper import HyperBlock
 from gradkern.optim._overlap import check_overlap
 from gradkern.optim._precision import Precision
+from gradkern.optim._scalars import StepScalars
 from gradkern.step_event import ParamStep, StepEvent
 
 __all__ = ["EngineOptions", "FusedStepMixin"]
@@ -95,14 +94,13 @@ class FusedStepMixin(torch.optim.Optimizer):
             self._check_group(group, precision)
         self._options = options
         self.clip = clip
-        self._skip_nonfinite = options.get("skip_nonfinite", False)
         self._precision = precision
         self._gathering = Gathering(precision, step_in_state=self._STEP_IN_STATE or precision.random())
         self._hyper_blocks: dict[int, HyperBlock] = {}
-        self._blocks: list[torch.Tensor] = []
-        self._found_inf: torch.Tensor | None = None
+        self._in_step: list[Bucket] = []
         self._event_hooks: OrderedDict[int, Callable[[StepEvent], None]] = OrderedDict()
         self._fold = GradFold(self._foldable(), name, share=True)
+        self._scalars = StepScalars(self._fold, skip_nonfinite=options.get("skip_nonfinite", False))
         if clip is not None:
             clip.bind(self)
 
@@ -155,11 +153,7 @@ class FusedStepMixin(torch.optim.Optimizer):
         With a policy that measures every group by itself, the norm of all groups together. Reading the value
         synchronises, asking for the tensor does not.
         """
-        if not self._blocks or not self._measures():
-            return None
-        if len(self._blocks) == 1:
-            return self._blocks[0][layout.NORM].float()
-        return torch.stack([block[layout.NORM] for block in self._blocks]).square().sum().sqrt().float()
+        return self._scalars.norm() if self._scalars.measures(self.clip) else None
 
     @property
     def grad_norms(self) -> dict[torch.Tensor, torch.Tensor]:
@@ -167,22 +161,18 @@ class FusedStepMixin(torch.optim.Optimizer):
 
         Formed from the sums that the global norm was made of, when asked for; empty where no L2 norm was measured.
         """
-        scale = self._last_scale
-        norms: dict[torch.Tensor, torch.Tensor] = {}
-        for bucket in self._gathering.last:
-            for params, partials in bucket.norms:
-                chunks = torch.tensor([chunk_count(p.numel()) for p in params], device=partials.device)
-                if int(sum(chunk_count(p.numel()) for p in params)) != partials.numel():
-                    chunks = torch.ones_like(chunks)  # one sum per parameter: kernels could not read them
-                rows = torch.repeat_interleave(torch.arange(len(params), device=partials.device), chunks)
-                sums = partials.new_zeros(len(params)).index_add_(0, rows, partials)
-                norms.update(zip(params, (sums.sqrt() / scale).float().unbind(), strict=True))
-        return norms
+        return self._scalars.norms(self._gathering.last)
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether a step is skipped where a gradient is not finite."""
+        return bool(self._options.get("skip_nonfinite", False))
 
     @property
     def skipped_steps(self) -> torch.Tensor:
         """How many steps were skipped so far: 0-dim int64 on the device; reading the value synchronises."""
-        return self._blocks[0][layout.SKIPPED].long() if self._blocks else torch.zeros((), dtype=torch.int64)
+        blocks = self._scalars.blocks
+        return blocks[0][layout.SKIPPED].long() if blocks else torch.zeros((), dtype=torch.int64)
 
     def register_step_event_hook(self, hook: Callable[[StepEvent], None]) -> RemovableHandle:
         """Call ``hook(event)`` after every step; see :mod:`gradkern.step_event`.
@@ -290,9 +280,11 @@ class FusedStepMixin(torch.optim.Optimizer):
         buckets = self._gathering.buckets(self)
         if not buckets:
             return loss
+        self._in_step = buckets
         try:
             self._update(buckets)
         finally:
+            self._in_step = []
             for bucket in buckets:
                 bucket.grads, bucket.operands = [], None  # a bucket must not keep gradients alive past zero_grad()
         return loss
@@ -300,17 +292,14 @@ class FusedStepMixin(torch.optim.Optimizer):
     # --- internals --------------------------------------------------------------------------------------------------
 
     def _update(self, buckets: list[Bucket]) -> None:
-        grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
-        self._found_inf = getattr(self, "found_inf", None)
-        scale: torch.Tensor | float = 1.0 if grad_scale is None else grad_scale.double()
-        self._last_scale = scale
+        self._scalars.begin(self)
         transform = GradTransform.NONE if self.clip is None else self.clip.transform
         # Before any kernel: what is checked here lies in cache still, and nothing has been modified yet.
-        codecs = [self._prepare(bucket, transform, scale) for bucket in buckets]
-        blocks = self._form_scalars(buckets, grad_scale)
+        codecs = [self._prepare(bucket, transform) for bucket in buckets]
+        blocks = self._scalars.form(self, self.clip, buckets, self._gathering.counters())
         for bucket, bucket_codecs, block in zip(buckets, codecs, blocks, strict=True):
             if bucket.operands is None or bucket_codecs is None:
-                self._update_with_torch(bucket, block, scale)
+                self._update_with_torch(bucket, block)
                 continue
             hyper = self._hyper_blocks.setdefault(id(bucket.group), HyperBlock()).refresh(
                 (*self._hyper(bucket.group), float(self._precision.seed)), block.device
@@ -321,7 +310,7 @@ class FusedStepMixin(torch.optim.Optimizer):
         if self._event_hooks:
             self._report(buckets, blocks)
 
-    def _prepare(self, bucket: Bucket, transform: GradTransform, scale: torch.Tensor | float) -> Codecs | None:
+    def _prepare(self, bucket: Bucket, transform: GradTransform) -> Codecs | None:
         if bucket.codecs is None:
             bucket.operands = None
             return None
@@ -333,7 +322,9 @@ class FusedStepMixin(torch.optim.Optimizer):
             codecs = Codecs(codecs.param, codecs.grad, codecs.state, transform)
             if transform == GradTransform.UNITS:
                 assert self.clip is not None  # noqa: S101  (it has the transform)
-                tensors["units"], integers["unit_sizes"] = self.clip.units(bucket.params, bucket.grads, scale)
+                tensors["units"], integers["unit_sizes"] = self.clip.units(
+                    bucket.params, bucket.grads, self._scalars.scale
+                )
                 settled = False
         bucket.operands = functional.step_operands(
             self._OP.rule,
@@ -347,193 +338,23 @@ class FusedStepMixin(torch.optim.Optimizer):
         bucket.settled = True
         return codecs
 
-    def _measures(self) -> bool:
-        return self._skip_nonfinite or (self.clip is not None and self.clip.norm_type is not None)
-
-    def _form_scalars(self, buckets: list[Bucket], grad_scale: torch.Tensor | None) -> list[torch.Tensor]:
-        """One block of scalars per bucket; buckets that are clipped together share theirs."""
-        clip = self.clip
-        scopes: dict[int, list[Bucket]] = {}
-        for bucket in buckets:
-            scopes.setdefault(id(bucket.group) if clip is not None and clip.per_group else 0, []).append(bucket)
-        while len(self._blocks) < len(scopes):
-            self._blocks.append(functional.new_scalars(buckets[0].device))
-        del self._blocks[len(scopes) :]
-        counters = self._gathering.counters()
-        # Where the verdict of one kernel is not the last word, steps are counted after it.
-        late = clip is not None and (clip.skips or clip.error_if_nonfinite or len(scopes) > 1)
-        block_of: dict[int, torch.Tensor] = {}
-        for index, scope in enumerate(scopes.values()):
-            if self._blocks[index].device != scope[0].device:
-                self._blocks[index] = self._blocks[index].to(scope[0].device)
-            block = self._blocks[index]
-            self._form_block(block, scope, [] if late else counters, grad_scale, late=late)
-            block_of.update((id(bucket), block) for bucket in scope)
-        if late:
-            self._settle(counters)
-        return [block_of[id(bucket)] for bucket in buckets]
-
-    def _form_block(
-        self,
-        block: torch.Tensor,
-        scope: list[Bucket],
-        counters: list[torch.Tensor],
-        grad_scale: torch.Tensor | None,
-        *,
-        late: bool,
-    ) -> None:
-        clip = self.clip
-        skip_nonfinite = self._skip_nonfinite and not late
-        shared = None if clip is None else clip.joint(self)
-        threshold = math.inf if clip is None else clip.threshold(scope[0].group)
-        if shared is not None:
-            block[: layout.SKIPPED].copy_(shared[: layout.SKIPPED])
-            functional.count_steps_(block, counters, found_inf=self._found_inf, skip_nonfinite=skip_nonfinite)
-            return
-        if clip is not None and clip.norm_type not in (None, 2.0):
-            self._measure_otherwise(block, scope, threshold, grad_scale)
-            functional.count_steps_(block, counters, found_inf=self._found_inf, skip_nonfinite=skip_nonfinite)
-            return
-        partials: list[torch.Tensor] = []
-        fresh: list[Bucket] = []  # normed by the kernel that forms the scalars
-        if self._measures():
-            trusted = self._trusted(grad_scale)
-            for bucket in scope:
-                if bucket.operands is not None and not self._any_known(bucket, trusted):
-                    fresh.append(bucket)
-                else:
-                    partials.extend(self._partials(bucket, trusted))
-        sums = functional.step_scalars_(
-            block,
-            counters,
-            partials,
-            grads=[bucket.operands for bucket in fresh if bucket.operands is not None],
-            max_norm=threshold,
-            grad_scale=grad_scale,
-            found_inf=self._found_inf,
-            skip_nonfinite=skip_nonfinite,
-        )
-        for bucket, block_sums in zip(fresh, sums, strict=True):
-            bucket.norms = [(bucket.params, block_sums)]
-        if clip is not None:
-            scale: torch.Tensor | float = 1.0 if grad_scale is None else grad_scale.double()
-            if clip.transform == GradTransform.LIMIT:
-                block[layout.LIMIT].copy_(torch.as_tensor(clip.limit() * scale))
-            clip.decide_(block, scale)
-
-    def _settle(self, counters: list[torch.Tensor]) -> None:
-        """Raise or skip for all scopes together, then count the step."""
-        first = self._blocks[0]
-        if self.clip is not None and self.clip.error_if_nonfinite:
-            self._raise_if_nonfinite()
-        if len(self._blocks) > 1:
-            skip = torch.stack([block[layout.SKIP] for block in self._blocks]).amax()
-            if self._skip_nonfinite:
-                norms = torch.stack([block[layout.NORM] for block in self._blocks])
-                skip = torch.maximum(skip, (~norms.isfinite()).any().to(skip.dtype))
-            for block in self._blocks:
-                block[layout.SKIP].copy_(skip)
-        elif self._skip_nonfinite:
-            first[layout.SKIP].copy_(torch.maximum(first[layout.SKIP], (~first[layout.NORM].isfinite()).double()))
-        first[layout.SKIPPED].add_(first[layout.SKIP])
-        for counter in counters:
-            counter.add_(1.0 - first[layout.SKIP])
-
-    def _raise_if_nonfinite(self) -> None:
-        norms = [float(block[layout.NORM]) for block in self._blocks]
-        if all(map(math.isfinite, norms)):
-            return
-        names = {
-            id(p): name
-            for g in self.param_groups
-            for p, name in zip(g["params"], g.get("param_names", ()), strict=False)
-        }
-        numbers = {id(p): i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))}
-        guilty = [
-            f"{names.get(id(p), f'parameter {numbers[id(p)]}')} {tuple(p.shape)}"
-            for bucket in self._gathering.last
-            for p, g in zip(bucket.params, bucket.grads, strict=True)
-            if not bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all())
-        ]
-        raise RuntimeError(
-            f"The total norm of order {self.clip.norm_type if self.clip else 2.0} for gradients from `parameters` is "
-            f"non-finite ({', '.join(map(str, norms))}), so it cannot be clipped; not finite: {', '.join(guilty)}. To "
-            "disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
-        )
-
-    def _measure_otherwise(
-        self, block: torch.Tensor, scope: list[Bucket], threshold: float, grad_scale: torch.Tensor | None
-    ) -> None:
-        """Norms of another order than 2, by one pass over the gradients."""
-        assert self.clip is not None  # noqa: S101  (the caller asks only then)
-        order = float(self.clip.norm_type or 2.0)
-        scale: torch.Tensor | float = 1.0 if grad_scale is None else grad_scale.double()
-        norm = norm_of_order([g for bucket in scope for g in bucket.grads], order) / scale
-        coefficient = (threshold / (norm + 1e-6)).clamp(max=1.0) if math.isfinite(threshold) else torch.ones_like(norm)
-        block[layout.NORM].copy_(norm)
-        set_clip_(block, coefficient, scale)
-        self.clip.decide_(block, scale)
-
-    def _trusted(self, grad_scale: torch.Tensor | None) -> bool:
-        """Whether nothing can have changed gradients without a trace.
-
-        A verdict without a scale means that torch.amp.GradScaler has unscaled them already, by an operation that bumps
-        no version: what was folded in backward is then out of date. Collectives on p.grad bump none either.
-        """
-        return (self._found_inf is None or grad_scale is not None) and not _distributed()
-
-    def _any_known(self, bucket: Bucket, trusted: bool) -> bool:
-        if not trusted:
-            return False
-        if known_partials(bucket.grads) is not None:
-            return True
-        return self._fold.size > 0 and any(
-            self._fold.partials(p, g) is not None for p, g in zip(bucket.params, bucket.grads, strict=True)
-        )
-
-    def _partials(self, bucket: Bucket, trusted: bool) -> list[torch.Tensor]:
-        """Sums of squares of a bucket's gradients: those folded in backward, and one pass over the rest."""
-        if bucket.operands is None:
-            grads = [g.coalesce().values() if g.is_sparse else g for g in bucket.grads]
-            norms = [torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).double() for g in grads]
-            sums = torch.stack(norms).square()
-            bucket.norms = [(bucket.params, sums)]
-            return [sums]
-        listed = known_partials(bucket.grads) if trusted else None
-        if listed is not None:
-            bucket.norms = [(bucket.params, listed)]
-            return [listed]
-        if not trusted or self._fold.size == 0:
-            sums = functional.sumsq_of(bucket.operands, "grads")
-            bucket.norms = [(bucket.params, sums)]
-            return [sums]
-        bucket.norms = []
-        rest: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for param, grad in zip(bucket.params, bucket.grads, strict=True):
-            partials = self._fold.partials(param, grad)
-            if partials is None:
-                rest.append((param, grad))
-            else:
-                bucket.norms.append(([param], partials))
-        if rest:
-            sums = functional.sumsq([g for _, g in rest], cache=bucket.norm_cache)
-            bucket.norms.append(([p for p, _ in rest], sums))
-        return [partials for _, partials in bucket.norms]
-
     def norm_partials(self) -> list[torch.Tensor]:
         """Sums of squares of all gradients, for a norm over several optimizers; fp64, one per chunk of 4,096."""
+        if self._in_step:
+            return self._scalars.partials(self._in_step)
         buckets = self._gathering.buckets(self)
-        trusted = self._trusted(getattr(self, "grad_scale", None)) and getattr(self, "found_inf", None) is None
+        self._scalars.begin(self)
         try:
             for bucket in buckets:
-                self._prepare(bucket, GradTransform.NONE, 1.0)
-            return [block for bucket in buckets for block in self._partials(bucket, trusted)]
+                self._prepare(bucket, GradTransform.NONE)
+            return self._scalars.partials(buckets)
         finally:
             for bucket in buckets:
                 bucket.grads, bucket.operands = [], None
 
-    def _update_with_torch(self, bucket: Bucket, block: torch.Tensor, scale: torch.Tensor | float) -> None:
-        if self._can_skip() and bool(block[layout.SKIP]):
+    def _update_with_torch(self, bucket: Bucket, block: torch.Tensor) -> None:
+        scale = self._scalars.scale
+        if self._scalars.can_skip(self.clip) and bool(block[layout.SKIP]):
             return
         grads = bucket.grads
         if self.clip is not None and self.clip.transform == GradTransform.LIMIT:
@@ -551,9 +372,6 @@ class FusedStepMixin(torch.optim.Optimizer):
         with torch.set_grad_enabled(bool(bucket.group.get("differentiable", False))):
             self._torch_update(bucket, list(grads))
 
-    def _can_skip(self) -> bool:
-        return self._found_inf is not None or self._skip_nonfinite or (self.clip is not None and self.clip.skips)
-
     def _report(self, buckets: Sequence[Bucket], blocks: Sequence[torch.Tensor]) -> None:
         params = tuple(
             self._param_step(
@@ -565,7 +383,7 @@ class FusedStepMixin(torch.optim.Optimizer):
             for bucket, block in zip(buckets, blocks, strict=True)
             for index in range(len(bucket.params))
         )
-        event = StepEvent(params, blocks[0][layout.SKIP] != 0 if self._can_skip() else None)
+        event = StepEvent(params, blocks[0][layout.SKIP] != 0 if self._scalars.can_skip(self.clip) else None)
         for hook in list(self._event_hooks.values()):
             hook(event)
 
@@ -604,7 +422,7 @@ class FusedStepMixin(torch.optim.Optimizer):
             if grad.is_sparse:
                 self._check_sparse()
         check_overlap(name, params)
-        if not self._measures():
+        if not self._scalars.measures(self.clip):
             return
         plain = (torch.Tensor, torch.nn.Parameter)
         wrapped = next((g for g in grads if type(g) not in plain), None)
@@ -635,11 +453,3 @@ class FusedStepMixin(torch.optim.Optimizer):
             for name in names
             if isinstance(saved.get(name), torch.Tensor)
         }
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype.is_complex else torch.float64
