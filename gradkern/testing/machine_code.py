@@ -70,7 +70,7 @@ class MachineCode:
         hot_access_bits: Width of the narrowest hot load or store; 0 where the kernel has none.
         occupancy: Share of a processor's threads that can be resident, by registers, shared memory and programs.
         forbidden: Instructions in the PTX that break the arithmetic contract.
-        arithmetic: Whether floating-point arithmetic was found at all.
+        arithmetic: Whether floating-point arithmetic, or a maximum of bits, was found at all.
     """
 
     registers: int
@@ -117,8 +117,8 @@ def problems(code: MachineCode, variant: Variant) -> Iterator[str]:
         yield f"PTX has {sorted(code.forbidden)}"
     if variant.hot_bytes and not code.arithmetic:
         yield "no arithmetic: the reader is looking at the wrong thing"
-    if variant.hot_bytes and code.hot_access_bits < WIDE:
-        yield f"a hot access moves {code.hot_access_bits} bits, expected {WIDE}"
+    if variant.hot_bytes and code.hot_access_bits < variant.hot_bits:
+        yield f"a hot access moves {code.hot_access_bits} bits, expected {variant.hot_bits}"
     if code.occupancy < LEAST_OCCUPANCY:
         yield (
             f"occupancy {code.occupancy:.2f} with {code.registers} registers, {code.threads} threads and "
@@ -202,7 +202,7 @@ def _read_nvidia(compiled: Any, threads: int, name: str) -> MachineCode:
         hot_access_bits=_hot_access_bits(_hot_bytes(compiled.asm["ttir"]), wide, narrower),
         occupancy=_occupancy(name, int(usage[1]), threads, compiled.metadata.shared),
         forbidden=tuple(sorted(set(_FORBIDDEN.findall(ptx)))),
-        arithmetic=re.search(r"\b(?:add|mul)\.(?:rn\.)?f(?:32|64)", ptx) is not None,
+        arithmetic=re.search(r"\b(?:(?:add|mul)\.(?:rn\.)?f(?:32|64)|max\.[su]32)", ptx) is not None,
     )
 
 
@@ -218,15 +218,19 @@ def _read_amd(compiled: Any, threads: int, name: str) -> MachineCode:
     # One file holds both kinds of vector register.
     registers = -(-field("vgpr_count") // 4) * 4 + field("agpr_count") if field("agpr_count") else field("vgpr_count")
     scratch = len(re.findall(r"\bscratch_(?:load|store)", code))
-    wide = len(re.findall(r"\b(?:buffer|global)_(?:load|store)_dwordx4", code)) * WIDE // 8 * threads
+    hot, moved, bits = _hot_bytes(compiled.asm["ttir"]), 0, 0
+    for bits, suffix in ((128, "x4"), (64, "x2"), (32, "")):  # what is masked moves single elements
+        moved += len(re.findall(rf"\b(?:buffer|global)_(?:load|store)_dword{suffix}\b", code)) * bits // 8 * threads
+        if moved >= hot:
+            break
     return MachineCode(
         registers=registers,
         spill_bytes=4 * (field("vgpr_spill_count") + scratch),
         local_bytes=field("private_segment_fixed_size"),
         shared_bytes=compiled.metadata.shared,
         threads=threads,
-        hot_access_bits=_hot_access_bits(_hot_bytes(compiled.asm["ttir"]), wide, []),
+        hot_access_bits=bits if hot else 0,
         occupancy=_occupancy(name, registers, threads, compiled.metadata.shared),
         forbidden=(),  # a division or root is a sequence with fused steps there, correctly rounded as a whole
-        arithmetic=re.search(r"\bv_(?:pk_)?(?:add|mul)_f(?:32|64)", code) is not None,
+        arithmetic=re.search(r"\bv_(?:(?:pk_)?(?:add|mul)_f(?:32|64)|max_[iu]32)", code) is not None,
     )

@@ -308,6 +308,7 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize("budget", ["1 GiB", None])
 def test_cache_is_off_inside_a_wrapper_whatever_the_plan_recomputes(budget):
     inner = gpt2()
+    inner.model.config.use_cache = True  # as by default
     case = Case(Wrapper(inner.model), inner.batch["input_ids"])
     made = least(case) if budget is None else plan(case.model, case.batch, budget=budget)
     assert bool(recomputed(made)) == (budget is None)

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gradkern.ops._step.codecs import GradTransform, ParamCodec, StateCodec
+from gradkern.ops._chunks import DTYPE_CODES
+from gradkern.ops._step.codecs import GradTransform, ParamCodec, StateCodec, param_dtypes, state_dtype
 from gradkern.ops._step.rule import Codecs, StepRule
 from gradkern.ops._step.spec import step_bytes
 from gradkern.ops._step.triton_codecs import (
@@ -26,7 +27,7 @@ from gradkern.ops._step.triton_codecs import (
 )
 from gradkern.ops._table import Operands
 from gradkern.ops._triton.kernels import CHUNK, find_row, load_f32, typed_pointer
-from gradkern.ops._triton.launch import Variant, launch, warp_size
+from gradkern.ops._triton.launch import TILE_ELEMENTS, Variant, fold_warps, launch, warp_size
 
 __all__ = ["step_launcher", "step_variants"]
 
@@ -158,9 +159,28 @@ def _constants(
         "STATE": int(codecs.state),
         "TRANSFORM": int(codecs.transform),
         "RANDOM": random,
-        "BLOCK": 2048,
+        "BLOCK": TILE_ELEMENTS,
         "ALIGNED": aligned,
     }
+
+
+def _stream_bytes(rule: StepRule, codecs: Codecs, variant: int) -> list[int]:
+    """Bytes of an element of every hot stream."""
+    grad = next(dtype for dtype, code in DTYPE_CODES.items() if code == codecs.grad)
+    dtypes = [grad, *(dtype for dtype in param_dtypes(codecs.param) if dtype is not None)]
+    if rule.state_counts[variant]:
+        dtypes.append(state_dtype(codecs.state))
+    return [dtype.itemsize for dtype in dtypes]
+
+
+def _item_bytes(rule: StepRule, codecs: Codecs, variant: int) -> int:
+    """Bytes of an element of the stream of which a thread moves 16 bytes at once: the widest.
+
+    Of a narrower stream it then moves 8 or 4, still whole lines a warp. With 16 bytes of the narrowest, 8 or 16
+    elements to a thread keep 72 to 200 registers busy, and too few threads are resident. 8-bit codes take the registers
+    of fp32.
+    """
+    return 4 if codecs.state == StateCodec.BLOCK8 else max(_stream_bytes(rule, codecs, variant))
 
 
 def step_launcher(rule: StepRule, scalars_function: Any, rule_function: Any) -> Callable[..., None]:
@@ -186,7 +206,8 @@ def step_launcher(rule: StepRule, scalars_function: Any, rule_function: Any) -> 
             hyper,
             len(operands["params"]),
             **constants,
-            num_warps=256 // warp_size(),
+            num_warps=fold_warps(_item_bytes(rule, codecs, variant), warp_size()),
+            capped=True,
         )
 
     return step_
@@ -213,8 +234,10 @@ def step_variants(rule: StepRule, scalars_function: Any, rule_function: Any) -> 
             _step_kernel,
             {"table_ptr": "*i64", "scalars_ptr": "*fp64", "hyper_ptr": "*fp64", "rows": "i32"},
             _constants(rule, scalars_function, rule_function, codecs, variant, aligned=True),
-            item_bytes=0,
+            item_bytes=_item_bytes(rule, codecs, variant),
+            hot_bits=128 * min(_stream_bytes(rule, codecs, variant)) // _item_bytes(rule, codecs, variant),
             hot_bytes=int(4096 * step_bytes(rule, codecs, variant)) // 4096 * 4096,  # block exponents are not hot
+            capped=True,
         )
         for codecs, variant in combinations()
     ]

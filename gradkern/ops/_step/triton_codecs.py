@@ -35,40 +35,47 @@ _STATE_BLOCK = tl.constexpr(64)
 
 
 @triton.jit
-def _aligned(pointer, ALIGNED: tl.constexpr):
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
-
-
-@triton.jit
 def param_pointer(address, CODEC: tl.constexpr, ALIGNED: tl.constexpr):
     """bf16 is handled as its bits."""
     if CODEC == _FLOAT32:
-        return _aligned(address.to(tl.pointer_type(tl.float32)), ALIGNED)
-    if (CODEC == _FLOAT16) | (CODEC == _FLOAT16_MASTER32):
-        return _aligned(address.to(tl.pointer_type(tl.float16)), ALIGNED)
-    return _aligned(address.to(tl.pointer_type(tl.int16)), ALIGNED)
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif (CODEC == _FLOAT16) | (CODEC == _FLOAT16_MASTER32):
+        pointer = address.to(tl.pointer_type(tl.float16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int16))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
 def remainder_pointer(address, CODEC: tl.constexpr, ALIGNED: tl.constexpr):
     """Of what the parameter's dtype has no room for."""
     if CODEC == _SPLIT16:
-        return _aligned(address.to(tl.pointer_type(tl.int16)), ALIGNED)
-    if CODEC == _SPLIT8:
-        return _aligned(address.to(tl.pointer_type(tl.int8)), ALIGNED)
-    return _aligned(address.to(tl.pointer_type(tl.float32)), ALIGNED)
+        pointer = address.to(tl.pointer_type(tl.int16))
+    elif CODEC == _SPLIT8:
+        pointer = address.to(tl.pointer_type(tl.int8))
+    else:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
 def state_pointer(address, CODEC: tl.constexpr, ALIGNED: tl.constexpr):
     """Of optimizer state."""
     if CODEC == _FLOAT32:
-        return _aligned(address.to(tl.pointer_type(tl.float32)), ALIGNED)
-    if CODEC == _FLOAT16:
-        return _aligned(address.to(tl.pointer_type(tl.float16)), ALIGNED)
-    if CODEC == _BLOCK8:
-        return _aligned(address.to(tl.pointer_type(tl.uint8)), ALIGNED)
-    return _aligned(address.to(tl.pointer_type(tl.int16)), ALIGNED)
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif CODEC == _FLOAT16:
+        pointer = address.to(tl.pointer_type(tl.float16))
+    elif CODEC == _BLOCK8:
+        pointer = address.to(tl.pointer_type(tl.uint8))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int16))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -110,9 +117,7 @@ def _store(pointer, offsets, y, size, MASKED: tl.constexpr):
 
 @triton.jit
 def _load(pointer, offsets, size, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(pointer + offsets, mask=offsets < size, other=0)
-    return tl.load(pointer + offsets)
+    return tl.load(pointer + offsets, mask=offsets < size, other=0) if MASKED else tl.load(pointer + offsets)
 
 
 @triton.jit
@@ -136,16 +141,18 @@ def _stochastic_half(x, random):
 def load_param(pointer, remainder, offsets, size, CODEC: tl.constexpr, MASKED: tl.constexpr):
     """fp32 values of a parameter."""
     if (CODEC == _MASTER32) | (CODEC == _FLOAT16_MASTER32):
-        return _load(remainder, offsets, size, MASKED)
-    if (CODEC == _SPLIT16) | (CODEC == _SPLIT8):
+        x = _load(remainder, offsets, size, MASKED)
+    elif (CODEC == _SPLIT16) | (CODEC == _SPLIT8):
         high = _load(pointer, offsets, size, MASKED).to(tl.int32) << 16
         low = _load(remainder, offsets, size, MASKED).to(tl.int32)
         if CODEC == _SPLIT8:
             low = low << 8
-        return (high + low).to(tl.float32, bitcast=True)
-    if CODEC == _STOCHASTIC:
-        return load_f32(pointer, offsets, size, _BFLOAT16, MASKED)
-    return load_f32(pointer, offsets, size, CODEC, MASKED)
+        x = (high + low).to(tl.float32, bitcast=True)
+    elif CODEC == _STOCHASTIC:
+        x = load_f32(pointer, offsets, size, _BFLOAT16, MASKED)
+    else:
+        x = load_f32(pointer, offsets, size, CODEC, MASKED)
+    return x
 
 
 @triton.jit
@@ -195,15 +202,19 @@ def load_state(
         code = _load(pointer, offsets, size, MASKED).to(tl.int32)
         blocks: tl.constexpr = BLOCK // _STATE_BLOCK
         block = start // _STATE_BLOCK + tl.arange(0, blocks)
-        exponents = _load(scale, block, (size + _STATE_BLOCK - 1) // _STATE_BLOCK, MASKED)
+        exponents = tl.load(scale + block, mask=block < (size + _STATE_BLOCK - 1) // _STATE_BLOCK, other=0)
         if SIGNED:
             magnitude = tl.where(code >= 128, 256 - code, code)
             bits = tl.where(magnitude == 0, 0, (magnitude + _block_base(exponents, 3, BLOCK)) << 20)
-            return (bits | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
-        return ((code + _block_base(exponents, 4, BLOCK)) << 19).to(tl.float32, bitcast=True)
-    if CODEC == _STOCHASTIC:
-        return load_f32(pointer, offsets, size, _BFLOAT16, MASKED)
-    return load_f32(pointer, offsets, size, CODEC, MASKED)
+            bits = bits | ((code & 0x80) << 24)
+        else:
+            bits = (code + _block_base(exponents, 4, BLOCK)) << 19
+        x = bits.to(tl.float32, bitcast=True)
+    elif CODEC == _STOCHASTIC:
+        x = load_f32(pointer, offsets, size, _BFLOAT16, MASKED)
+    else:
+        x = load_f32(pointer, offsets, size, CODEC, MASKED)
+    return x
 
 
 @triton.jit
@@ -220,7 +231,8 @@ def store_state(
         blocks: tl.constexpr = BLOCK // _STATE_BLOCK
         exponents = tl.max(tl.reshape(magnitude, [blocks, _STATE_BLOCK]), axis=1) >> 23
         block = start // _STATE_BLOCK + tl.arange(0, blocks)
-        _store(scale, block, exponents.to(tl.uint8), (size + _STATE_BLOCK - 1) // _STATE_BLOCK, MASKED)
+        # Always masked, so that the reader of machine code does not take one byte for 64 elements for a hot access.
+        tl.store(scale + block, exponents.to(tl.uint8), mask=block < (size + _STATE_BLOCK - 1) // _STATE_BLOCK)
         if SIGNED:
             code = ((magnitude + (stirred >> 12).to(tl.int32)) >> 20) - _block_base(exponents, 3, BLOCK)
             code = tl.maximum(code, 0)

@@ -37,8 +37,10 @@ def load_f32(pointer, offsets, size, DTYPE: tl.constexpr, MASKED: tl.constexpr):
     """Elements widened to fp32, exactly; zeros beyond ``size`` when masked."""
     x = tl.load(pointer + offsets, mask=offsets < size, other=0) if MASKED else tl.load(pointer + offsets)
     if DTYPE == BFLOAT16:
-        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+        y = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
 
 
 @triton.jit

@@ -56,6 +56,8 @@ class Variant:
         item_bytes: Bytes of the narrowest element of the hot streams, which sets the threads of a folding kernel;
             0 for a kernel with a fixed number of warps.
         hot_bytes: Bytes that one program loads and stores for a full chunk, beside tables and scalars.
+        hot_bits: Bits that a thread moves at once of the narrowest hot stream, where that is less than 128.
+        capped: Whether registers are capped so that half of a processor's threads are resident.
     """
 
     kernel: Any
@@ -63,6 +65,8 @@ class Variant:
     constants: Mapping[str, Any]
     item_bytes: int
     hot_bytes: int
+    hot_bits: int = 128
+    capped: bool = False
 
     def warps(self, target: GPUTarget) -> int:
         """Warps of a program on ``target``."""
@@ -90,7 +94,7 @@ def count_launches() -> Iterator[LaunchCount]:
         _COUNT.reset(token)
 
 
-def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: Any) -> None:
+def launch(kernel: Any, programs: int, *args: Any, num_warps: int, capped: bool = False, **constants: Any) -> None:
     """Launch ``programs`` programs of a kernel: the one place that sets compiler options.
 
     Args:
@@ -98,17 +102,29 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: 
         programs: Programs in the grid, at least 1.
         args: Positional arguments of the kernel.
         num_warps: Warps of a program.
+        capped: Whether registers are capped so that half of a processor's threads are resident: for kernels with more
+            live values than that leaves room for, which the compiler can order so that they fit.
         constants: Its constexpr arguments.
     """
     count = _COUNT.get()
     if count is not None:
         count.launches += 1
-    kernel[(programs,)](*args, **constants, **_OPTIONS, num_warps=num_warps)
+    options: dict[str, Any] = _OPTIONS
+    if capped and not triton.knobs.runtime.interpret:
+        options = {**_OPTIONS, **_register_cap(triton.runtime.driver.active.get_current_target())}
+    kernel[(programs,)](*args, **constants, **options, num_warps=num_warps)
 
 
 def fold_warps(item_bytes: int, lanes: int) -> int:
     """Warps such that every thread of a folding kernel loads 16 bytes of its narrowest stream at once."""
     return max(1, TILE_ELEMENTS * item_bytes // 16 // lanes)
+
+
+def _register_cap(target: GPUTarget) -> dict[str, int]:
+    """65,536 registers for half of 2,048 threads, or of 1,536 on consumer GPUs; AMD's compiler has no such option."""
+    if target.backend != "cuda":
+        return {}
+    return {"maxnreg": 80 if target.arch in (86, 89, 120, 121) else 64}
 
 
 def warp_size() -> int:
@@ -130,5 +146,9 @@ def compile_ahead(variant: Variant, target: GPUTarget) -> Any:
     return triton.compile(
         ASTSource(variant.kernel, signature, constexprs=constants),
         target=target,
-        options={**_OPTIONS, "num_warps": variant.warps(target)},
+        options={
+            **_OPTIONS,
+            **(_register_cap(target) if variant.capped else {}),
+            "num_warps": variant.warps(target),
+        },
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from gradkern.ops._table import Operands
 from gradkern.ops._triton.kernels import CHUNK, find_row, load_f32, typed_pointer
-from gradkern.ops._triton.launch import Variant, fold_warps, warp_size
+from gradkern.ops._triton.launch import Variant, fold_warps, launch, warp_size
 
 __all__ = ["VARIANTS", "sumsq_exact"]
 
@@ -16,7 +16,9 @@ _LIMBS = tl.constexpr(22)
 _WORDS = tl.constexpr(32)  # limbs, infinities and NaNs, padded to a power of two
 _ROWS = tl.constexpr(64)  # rows of words that programs spread their atomic additions over
 _WINDOW = tl.constexpr(24)  # exponents that one pair of sums covers: 2 * 24 bits below a square of 48
-_PART = tl.constexpr(2048)  # elements in registers at once: all 4,096 as integers of 64 bits would spill
+_PART = tl.constexpr(1024)  # elements in registers at once: all 4,096 as integers of 64 bits would spill
+# Four elements to a thread, whatever they are: eight of them as integers of 64 bits leave too few threads resident.
+_ITEM_BYTES = 4
 _INF = tl.constexpr(0x7F800000)
 
 
@@ -115,18 +117,19 @@ def sumsq_exact(operands: Operands, limbs: torch.Tensor, *, column: str = "tenso
     rows = torch.zeros(_ROWS.value, _WORDS.value, dtype=torch.int64, device=limbs.device)
     if cache.chunks > 0:
         table = cache.on_device(limbs.device)
-        tensors = operands[column]
-        _sumsq_exact_kernel[(cache.chunks,)](
+        launch(
+            _sumsq_exact_kernel,
+            cache.chunks,
             table,
             rows,
-            len(tensors),
+            len(operands[column]),
             COLUMNS=table.shape[1],
             OPERAND=list(operands.columns).index(column),
             DTYPE=cache.dtype_code(column),
             ALIGNED=cache.aligned(),
-            num_warps=fold_warps(tensors[0].itemsize, warp_size()),
+            num_warps=fold_warps(_ITEM_BYTES, warp_size()),
         )
-    _carry_kernel[(1,)](rows, limbs, num_warps=1)
+    launch(_carry_kernel, 1, rows, limbs, num_warps=1)
 
 
 VARIANTS = [
@@ -134,8 +137,9 @@ VARIANTS = [
         _sumsq_exact_kernel,
         {"table_ptr": "*i64", "rows_ptr": "*i64", "rows": "i32"},
         {"COLUMNS": 3, "OPERAND": 0, "DTYPE": code, "ALIGNED": True},
-        item_bytes=item_bytes,
+        item_bytes=_ITEM_BYTES,
         hot_bytes=4096 * item_bytes,
+        hot_bits=128 * item_bytes // _ITEM_BYTES,
     )
     for code, item_bytes in ((0, 4), (1, 2), (2, 2))
 ]
