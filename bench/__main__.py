@@ -9,7 +9,7 @@ import torch
 
 from .harness import Report
 
-SUITES = ("accumulate", "cycle", "state8", "step")
+SUITES = ("accumulate", "cycle", "state8", "step", "train")
 
 
 def main() -> None:

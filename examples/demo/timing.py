@@ -102,15 +102,18 @@ def _whole_steps(
     model = copy.deepcopy(model)
     our_optimizer = gk.AdamW(model.parameters(), lr=1e-4, max_norm=max_norm)
     their_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    our_optimizer.detach()  # in the other side's turn, backward is autograd's own
 
     def accumulate(batches: list[Any]) -> None:
         for rows in batches:
             (model(input_ids=rows, labels=rows).loss / len(batches)).backward()
 
     def ours(batches: list[Any]) -> None:
+        our_optimizer.attach()
         accumulate(batches)
         our_optimizer.step()
         our_optimizer.zero_grad()
+        our_optimizer.detach()
 
     def theirs(batches: list[Any]) -> None:
         accumulate(batches)

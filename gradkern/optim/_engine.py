@@ -200,6 +200,10 @@ class FusedStepMixin(torch.optim.Optimizer):
         """Remove the gradient hooks; the optimizer still works, norming all gradients at ``step()``."""
         self._fold.detach()
 
+    def attach(self) -> None:
+        """Set the gradient hooks again after :meth:`detach`; an optimizer begins with them."""
+        self._fold.add(self._foldable())
+
     def resync(self) -> None:
         """Take parameters and state as they are now: after changes by ``.data``, which leave no trace."""
         self._gathering.renew_masters()

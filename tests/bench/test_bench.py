@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import accumulate, cycle, peers, state8, step
+from bench import accumulate, cycle, peers, state8, step, train
 from bench.cases import CASES
 from bench.harness import Report, Triad, interleave
 from bench.state8 import held_bytes
@@ -63,6 +63,15 @@ def test_a_suite_runs_and_writes_records(suite, monkeypatch, tmp_path, capsys):
     assert records
     assert all(set(record) == KEYS and record["value"] > 0 for record in records)
     assert capsys.readouterr().out.count("\n") == len(records)
+
+
+def test_a_training_step_is_timed_on_parameters_that_all_systems_share(monkeypatch, capsys):
+    model = torch.nn.Linear(600, 600)
+    made = train.Training(model, lambda x: model(x).square().mean(), [torch.randn(2, 600)] * 2)
+    monkeypatch.setattr(train, "CASES", {"tiny": lambda device: made})
+    report = Report("train", torch.device("cpu"))
+    train.run(report, rounds=7)
+    assert capsys.readouterr().out.count("\n") == len(report.records) == 10
 
 
 def test_held_bytes_opens_wrappers_and_counts_shared_storage_once():

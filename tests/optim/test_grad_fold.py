@@ -227,6 +227,10 @@ def test_detached_optimizer_still_clips():
     expected = gk.get_total_norm([p.grad for p in ours.parameters()])
     ours.opt.step()
     assert same_bits(ours.opt.grad_norm, expected)
+    ours.opt.attach()
+    ours.opt.attach()  # already there: nothing happens
+    loss_of(ours, 2).backward()
+    assert folded(ours)
 
 
 def test_a_dropped_optimizer_frees_its_hooks_and_the_parameters():
