@@ -23,7 +23,8 @@ constexpr int64_t kGroup = 512;
 // Asks for the line that the same position of a later group lies in. The hardware stops at each page and waits for
 // the translation of the next; asked for early, one line per load, both overlap with the arithmetic. A prefetch beyond
 // the tensor is harmless. Narrow vectors would ask for every line several times and are bound by arithmetic anyway.
-constexpr int64_t kPrefetchBytes = 4096;
+// Not a whole page ahead: operands begin alike in their pages, and all lines asked for would share few cache sets.
+constexpr int64_t kPrefetchBytes = 1024;
 
 // Elements of T in a cache line.
 template <class T>
