@@ -7,6 +7,7 @@ A fused optimizer inherits from its namesake in ``torch.optim`` (so that checks,
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -173,6 +174,17 @@ class FusedStepMixin(torch.optim.Optimizer):
         """How many steps were skipped so far: 0-dim int64 on the device; reading the value synchronises."""
         blocks = self._scalars.blocks
         return blocks[0][layout.SKIPPED].long() if blocks else torch.zeros((), dtype=torch.int64)
+
+    def derives_found_inf(self) -> bool:
+        """Whether the norm of a step shows if all gradients are finite.
+
+        ``gradkern.GradScaler`` then leaves a dictionary ``found_inf_per_device`` at the optimizer, to be filled by the
+        step, and looks at no gradient itself.
+        """
+        if self.clip is not None and self.clip.norm_type not in (None, 1.0, 2.0, math.inf):
+            return False  # zeros can hide, and powers overflow
+        kinds = {type(p.grad) for group in self.param_groups for p in group["params"]}
+        return kinds <= {torch.Tensor, torch.nn.Parameter, type(None)}
 
     def register_step_event_hook(self, hook: Callable[[StepEvent], None]) -> RemovableHandle:
         """Call ``hook(event)`` after every step; see :mod:`gradkern.step_event`.
@@ -342,16 +354,21 @@ class FusedStepMixin(torch.optim.Optimizer):
         bucket.settled = True
         return codecs
 
-    def norm_partials(self) -> list[torch.Tensor]:
-        """Sums of squares of all gradients, for a norm over several optimizers; fp64, one per chunk of 4,096."""
+    def norm_partials(self, *, trusted: bool = True) -> list[torch.Tensor]:
+        """Sums of squares of all gradients, for a norm over several optimizers; fp64, one per chunk of 4,096.
+
+        Args:
+            trusted: Take those that were summed in backward where gradients have not changed since. False reads all
+                gradients: they may have changed without a trace.
+        """
         if self._in_step:
-            return self._scalars.partials(self._in_step)
+            return self._scalars.partials(self._in_step, trusted=trusted)
         buckets = self._gathering.buckets(self)
         self._scalars.begin(self)
         try:
             for bucket in buckets:
                 self._prepare(bucket, GradTransform.NONE)
-            return self._scalars.partials(buckets)
+            return self._scalars.partials(buckets, trusted=trusted)
         finally:
             for bucket in buckets:
                 bucket.grads, bucket.operands = [], None
