@@ -37,7 +37,7 @@ def _native(
         max_norm,
         # These lie on the CPU: tolist() looks there, where float() would ask for an item as a GPU must be asked.
         None if grad_scale is None else grad_scale.reshape(()).tolist(),
-        found_inf is not None and found_inf.reshape(()).tolist() != 0.0,
+        found_inf is not None and bool(found_inf.reshape(()).tolist()),
         skip_nonfinite,
     )
 
