@@ -6,8 +6,8 @@ import gc
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from itertools import chain, repeat
-from operator import attrgetter, is_
+from itertools import compress, repeat
+from operator import attrgetter, eq, is_
 from typing import cast
 
 import torch
@@ -166,21 +166,18 @@ class GradAccumulator:
                 "parameter; pass None where there is none"
             )
         shown = list(map(_grad, self._params))
-        if True not in map(is_, chain(grads, shown), repeat(None)):
-            # Every parameter shows a gradient and gets another: mostly one launch, which checks its operands itself.
-            given, accumulated = cast("Sequence[torch.Tensor]", grads), cast("list[torch.Tensor]", shown)
-            dtypes = set(map(_dtype, given))
-            if len(dtypes) == 1 and set(map(_dtype, accumulated)) == {torch.float32}:
-                cache = self._fold_caches.setdefault((*dtypes, False), AddressTable())
-                fold_list_(accumulated, given, overwrite=False, cache=cache)
-                return
-        pairs = [(p, g) for p, g in zip(self._params, grads, strict=True) if g is not None]
-        self._check_pairs(pairs)
-        for dtype in dict.fromkeys(g.dtype for _, g in pairs):
-            fresh = [(p, g) for p, g in pairs if g.dtype == dtype and p.grad is None]
-            present = [(p, g) for p, g in pairs if g.dtype == dtype and p.grad is not None]
-            self._fold_list(fresh, dtype, overwrite=True)
-            self._fold_list(present, dtype, overwrite=False)
+        if True not in map(is_, grads, repeat(None)) and self._fold_all(cast("Sequence[torch.Tensor]", grads), shown):
+            return
+        places = [i for i, grad in enumerate(grads) if grad is not None]
+        params = [self._params[i] for i in places]
+        given = [cast("torch.Tensor", grads[i]) for i in places]
+        self._check_given(params, given)
+        given_dtypes = list(map(_dtype, given))
+        fresh = [shown[i] is None for i in places]
+        for dtype in dict.fromkeys(given_dtypes):
+            for overwrite in (True, False):
+                mask = [d == dtype and f == overwrite for d, f in zip(given_dtypes, fresh, strict=True)]
+                self._fold_list(list(compress(params, mask)), list(compress(given, mask)), dtype, overwrite=overwrite)
 
     def norm(self) -> torch.Tensor:
         """L2 norm of the accumulated gradients, 0-dim fp32; free where they were folded. Does not synchronise.
@@ -250,17 +247,36 @@ class GradAccumulator:
             f"{self._device}; convert the model first, then make the accumulator"
         )
 
-    def _check_pairs(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        params, grads = [p for p, _ in pairs], [g for _, g in pairs]
+    def _fold_all(self, grads: Sequence[torch.Tensor], shown: Sequence[torch.Tensor | None]) -> bool:
+        """Fold in one launch, which checks its operands itself before it writes; False where one is not enough."""
+        dtypes = set(map(_dtype, grads))
+        fresh = all(map(is_, shown, repeat(None)))
+        if len(dtypes) != 1 or not dtypes <= DTYPE_CODES.keys():
+            return False
+        if not fresh and (True in map(is_, shown, repeat(None)) or set(map(_dtype, shown)) != {torch.float32}):
+            return False
+        try:
+            if fresh:
+                self._fold_list(self._params, grads, *dtypes, overwrite=True)
+            else:
+                cache = self._fold_caches.setdefault((*dtypes, False), AddressTable())
+                fold_list_(cast("Sequence[torch.Tensor]", shown), grads, overwrite=False, cache=cache)
+        except (TypeError, ValueError):
+            self._check_given(self._params, grads)
+            raise
+        return True
+
+    def _check_given(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
+        # Shapes one at a time: thousands of tuples kept at once make the garbage collector look.
         if (
-            list(map(_shape, grads)) == list(map(_shape, params))
-            and all(map(torch.Tensor.is_contiguous, params))
+            all(map(torch.Tensor.is_contiguous, params))
             and all(map(torch.Tensor.is_contiguous, grads))
+            and all(map(eq, map(_shape, grads), map(_shape, params)))
             and set(map(_dtype, grads)) <= DTYPE_CODES.keys()
             and set(map(_device, grads)) <= {self._params[0].device}
         ):
             return
-        for i, (param, grad) in enumerate(pairs):
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             fits = grad.shape == param.shape and grad.stride() == param.stride() and grad.device == param.device
             if not fits or grad.dtype not in DTYPE_CODES:
                 raise ValueError(
@@ -270,17 +286,19 @@ class GradAccumulator:
                 )
 
     def _fold_list(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, *, overwrite: bool
+        self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], dtype: torch.dtype, *, overwrite: bool
     ) -> None:
-        if not pairs:
+        if not params:
             return
-        params = [p for p, _ in pairs]
-        for param in params:
-            if param.grad is not None and param.grad.dtype != torch.float32:
-                param.grad = param.grad.float()  # as cast_grads_() or autograd left it
-        main_grads: list[torch.Tensor] = [self._fold.fresh_main_grad(p) if p.grad is None else p.grad for p in params]
+        if overwrite:
+            main_grads = self._fold.fresh_main_grads(params)
+        else:
+            for param in params:
+                if param.grad is not None and param.grad.dtype != torch.float32:
+                    param.grad = param.grad.float()  # as cast_grads_() or autograd left it
+            main_grads = cast("list[torch.Tensor]", list(map(_grad, params)))
         cache = self._fold_caches.setdefault((dtype, overwrite), AddressTable())
-        fold_list_(main_grads, [g for _, g in pairs], overwrite=overwrite, cache=cache)
+        fold_list_(main_grads, grads, overwrite=overwrite, cache=cache)
         if overwrite:
             for param, main_grad in zip(params, main_grads, strict=True):
                 param.grad = main_grad

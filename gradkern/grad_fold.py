@@ -142,6 +142,7 @@ class _Entry:
 
     __slots__ = (
         "__weakref__",
+        "_address",
         "_cache",
         "_grad",
         "_guard",
@@ -151,6 +152,7 @@ class _Entry:
         "_node",
         "_param",
         "_partials",
+        "_storage",
         "_version",
         "held_bytes",
     )
@@ -164,6 +166,8 @@ class _Entry:
         self._grad: weakref.ref[torch.Tensor] | None = None
         self._version = -1
         self._main_grad: torch.Tensor | None = None
+        self._storage: torch.UntypedStorage | None = None
+        self._address = 0
         self._guard = guard
         self._meter = meter
         self.held_bytes = 0
@@ -229,19 +233,11 @@ class _Entry:
 
     def fresh_main_grad(self, param: torch.Tensor) -> torch.Tensor:
         """An fp32 buffer of the parameter's layout to overwrite: the last one, unless a user still sees it."""
-        if self._main_grad is None or self._held_elsewhere():
+        if self._main_grad is None or not _alone(self):
             self._main_grad = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+            self._storage = self._main_grad.untyped_storage()
+            self._address = self._main_grad.data_ptr()
         return self._main_grad
-
-    def _held_elsewhere(self) -> bool:
-        """By name, through a graph, or through a view, detach() or numpy()."""
-        if _references(self) > _REFERENCES_ALONE:
-            return True
-        tensor = self._main_grad
-        assert tensor is not None  # noqa: S101  (the caller asks only then; narrows the type)
-        # One for the tensor, one for the Python object asked here; views, detach() and numpy() add to it.
-        storages = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-        return storages > 2 or tensor._use_count() > 1  # type: ignore[attr-defined]
 
 
 def _references(holder: Any) -> int:
@@ -250,6 +246,19 @@ def _references(holder: Any) -> int:
 
 # How many references getrefcount counts to a tensor that only its slot holds: it differs between Python versions.
 _REFERENCES_ALONE = _references(SimpleNamespace(_main_grad=torch.empty(0)))
+
+
+def _alone(holder: Any) -> bool:
+    """Whether nobody else holds an entry's buffer: by name, through a graph, or by view, detach() or numpy()."""
+    if sys.getrefcount(holder._main_grad) > _REFERENCES_ALONE:
+        return False
+    tensor = holder._main_grad
+    # The storage counts the tensor, and the Python object kept here. A tensor moved to another storage is not ours.
+    return bool(
+        torch._C._storage_Use_Count(holder._storage._cdata) == 2
+        and tensor._use_count() == 1
+        and tensor.data_ptr() == holder._address
+    )
 
 
 def _owner_of(param: torch.Tensor) -> GradFold | None:
@@ -340,9 +349,11 @@ class GradFold:
         entry = self._entries.get(id(param))
         return None if entry is None else entry.partials(grad)
 
-    def fresh_main_grad(self, param: torch.Tensor) -> torch.Tensor:
-        """An fp32 buffer for the gradient of a folded parameter, to be overwritten and shown as ``param.grad``."""
-        return self._entries[id(param)].fresh_main_grad(param)
+    def fresh_main_grads(self, params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """fp32 buffers for the gradients of folded parameters, to be overwritten and shown as ``param.grad``."""
+        entries = map(self._entries.__getitem__, map(id, params))
+        kept = ((e, p, e._main_grad if _alone(e) else None) for e, p in zip(entries, params, strict=True))
+        return [e.fresh_main_grad(p) if main_grad is None else main_grad for e, p, main_grad in kept]
 
     def detach(self) -> None:
         """Remove every hook; autograd accumulates by itself again."""

@@ -20,10 +20,10 @@ inline void rule_block(const Rule& rule, float* param, const float* grad, float*
   }
 }
 
-// What lies in memory for one block of an operand: the user's own bytes where whole vectors fit, else a padded copy, so
-// that an element never depends on where a tensor ends.
+// What lies in memory for one block of an operand: the user's own bytes where whole vectors fit, else a padded copy of
+// what is less than a vector (or than a block of 8-bit state), so that an element never depends on where a tensor ends.
 struct Window {
-  alignas(64) unsigned char copy[kBlock * 4];
+  alignas(64) unsigned char copy[kStateBlock * 4];
   unsigned char* home;
   unsigned char* bytes;
   int64_t size_bytes;
@@ -274,9 +274,14 @@ inline void rule_block8(const Rule& rule, const StepChunk& chunk, int64_t first,
   }
 }
 
+// Elements that are computed together.
+inline int64_t whole_size(const StepChunk& chunk) {
+  return chunk.state_codec == StateCodec::kBlock8 ? kStateBlock : F32::kLanes;
+}
+
 template <class Rule>
 inline void step_block(const Rule& rule, const StepChunk& chunk, int64_t first, int64_t size, Scratch& scratch) {
-  const int64_t whole = chunk.state_codec == StateCodec::kBlock8 ? kStateBlock : F32::kLanes;
+  const int64_t whole = whole_size(chunk);
   const int64_t padded = (size + whole - 1) / whole * whole;
   scratch.param.open(chunk.param, param_item(chunk.param_codec), first, size, padded);
   scratch.remainder.open(chunk.remainder, remainder_item(chunk.param_codec), first, size, padded);
@@ -313,8 +318,12 @@ template <class Rule>
 inline void step_chunk(const StepChunk& chunk, const StepScalars& scalars) {
   const Rule rule(scalars);
   Scratch scratch;
-  for (int64_t i = 0; i < chunk.size; i += kBlock) {
-    step_block(rule, chunk, i, chunk.size - i < kBlock ? chunk.size - i : kBlock, scratch);
+  const int64_t whole = chunk.size - chunk.size % whole_size(chunk);
+  for (int64_t i = 0; i < whole; i += kBlock) {
+    step_block(rule, chunk, i, whole - i < kBlock ? whole - i : kBlock, scratch);
+  }
+  if (whole < chunk.size) {
+    step_block(rule, chunk, whole, chunk.size - whole, scratch);
   }
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
-from operator import attrgetter
+from operator import attrgetter, eq
 from typing import NamedTuple, cast
 
 import torch
@@ -224,7 +224,7 @@ class AddressTable:
         self._dtypes[name] = dtype
 
     def _set_layouts(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        shapes = list(map(_shape, tensors))
+        shapes = self._shapes if self._has_shapes(tensors) else list(map(_shape, tensors))
         strides = None if all(map(_is_contiguous, tensors)) else list(map(_stride, tensors))
         if strides is not None:
             for i, tensor in enumerate(tensors):
@@ -233,12 +233,12 @@ class AddressTable:
                         f"{op}: {name}[{i}] has gaps or overlaps (shape {tuple(tensor.shape)}, stride "
                         f"{tensor.stride()}), expected dense memory; call .contiguous()"
                     )
-        if shapes != self._shapes or strides != self._strides:
+        if shapes is not self._shapes or strides != self._strides:
             for other in self._addresses:  # every other operand must be held against the new layout
                 if other != name:
                     self._addresses[other] = []
                     self._dtypes[other] = None
-        if shapes != self._shapes:
+        if shapes is not self._shapes:
             sizes = list(map(_numel, tensors))
             first_chunks = list(accumulate(map(chunk_count, sizes), initial=0))
             self.chunks = first_chunks.pop()
@@ -247,12 +247,16 @@ class AddressTable:
         self._shapes = shapes
         self._strides = strides
 
+    def _has_shapes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Shape by shape, none of them kept: thousands of tuples kept at once make the garbage collector look."""
+        return len(tensors) == len(self._shapes) and all(map(eq, map(_shape, tensors), self._shapes))
+
     def _check_layouts(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
         if self._strides is None:
-            fits = list(map(_shape, tensors)) == self._shapes and all(map(_is_contiguous, tensors))
+            laid_out = all(map(_is_contiguous, tensors))
         else:
-            fits = list(map(_shape, tensors)) == self._shapes and list(map(_stride, tensors)) == self._strides
-        if fits:
+            laid_out = all(map(eq, map(_stride, tensors), self._strides))
+        if laid_out and self._has_shapes(tensors):
             return
         for i, tensor in enumerate(tensors):
             shape = self._shapes[i]
