@@ -25,7 +25,7 @@ from gradkern.ops._step.codecs import GradTransform
 from gradkern.ops._step.rule import Codecs, State
 from gradkern.ops._step.spec import StepOp
 from gradkern.ops.step_scalars import reference as layout
-from gradkern.optim._gather import Bucket, Gathering
+from gradkern.optim._gather import Bucket, Gathering, kernels_can_update
 from gradkern.optim._hyper import HyperBlock
 from gradkern.optim._overlap import check_overlap
 from gradkern.optim._precision import Precision
@@ -233,6 +233,7 @@ class FusedStepMixin(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; a clip policy with a memory adds ``"clip"``, which torch ignores."""
+        self._gathering.renew_changed_masters()
         saved = super().state_dict()
         saved["state"] = {key: dict(state) for key, state in saved["state"].items()}  # plain, for torch.load
         policy = {} if self.clip is None else self.clip.state_dict()
@@ -265,6 +266,7 @@ class FusedStepMixin(torch.optim.Optimizer):
             self._start(state.get("_options", {}))
 
     def __getstate__(self) -> dict[str, Any]:
+        self._gathering.renew_changed_masters()
         options = copy.copy(self._options)
         if self.clip is not None:  # as it is now, and not once more as max_norm
             options.pop("max_norm", None)
@@ -442,6 +444,9 @@ class FusedStepMixin(torch.optim.Optimizer):
         for grad in grads:
             if grad.is_sparse:
                 self._check_sparse()
+        for param, grad in zip(params, grads, strict=True):
+            if group.get("differentiable", False) or not kernels_can_update(param, grad):
+                self._precision.check_kernels(name, param, grad)
         check_overlap(name, params)
         if not self._scalars.measures(self.clip):
             return
@@ -469,8 +474,12 @@ class FusedStepMixin(torch.optim.Optimizer):
         names = [f"{state.name}_scale" for state in self._OP.rule.states] + ["master"]
         if self._precision.state is not None or self._precision.master is not None:
             names += [state.name for state in self._OP.rule.states]
-        return {
-            name: saved[name].detach().clone().to(param.device)
-            for name in names
-            if isinstance(saved.get(name), torch.Tensor)
-        }
+        kept: dict[str, torch.Tensor] = {}
+        for name in names:
+            value = saved.get(name)
+            if not isinstance(value, torch.Tensor):
+                continue
+            kept[name] = value.detach().clone().to(param.device)
+            if value.shape == param.shape and value.stride() != param.stride():
+                kept[name] = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+        return kept
