@@ -310,7 +310,7 @@ class Gathering:
         if misfit is not None and self._precision.needs_kernels(param.dtype):
             raise ValueError(
                 f"{type(optimizer).__name__}: the state of a parameter of shape {tuple(param.shape)}, stride "
-                f"{param.stride()} has shape {tuple(misfit.shape)}, stride {misfit.stride()}, expected the same, because "
+                f"{param.stride()} has shape {tuple(misfit.shape)}, stride {misfit.stride()}, expected the same: "
                 "master=, state= and stochastic_rounding= keep it in memory order; lay the parameter out as it was, or "
                 "drop its state: del optimizer.state[param]"
             )
