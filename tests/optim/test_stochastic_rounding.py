@@ -259,6 +259,50 @@ def test_the_mean_of_kept_state_is_the_state(state):
         assert places.abs().max() < 5 * 0.5 / math.sqrt(numel / 64)
 
 
+@pytest.mark.parametrize("gradient", [0.3, 0.7, 0.95])
+def test_equal_moments_of_many_parameters_have_the_right_mean_too(gradient):
+    """8-bit codes draw from the number itself: equal numbers are rounded alike under one key, not under many."""
+    count = 2048
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(count + 1)]
+    exact = gk.AdamW([params.pop()])
+    opts = [gk.AdamW(params, state="int8", seed=0), gk.AdamW(params, state="int8", seed=1)]
+    codes = []
+    for opt in (*opts, exact):
+        for p in opt.param_groups[0]["params"]:
+            p.grad = torch.full((1,), gradient)
+        opt.step()
+    truth = next(iter(exact.state.values()))
+    for name, signed, bits in (("exp_avg", True, 3), ("exp_avg_sq", False, 4)):
+        value = truth[name].double()
+        spacing = 2.0 ** (torch.frexp(value).exponent.double() - 1 - bits)
+        for opt in opts:
+            errors = torch.cat([decoded(opt.state[p], name, signed) - value for p in params]) / spacing
+            assert len(errors.unique()) == 2
+            assert abs(errors.mean().item()) < 5 * 0.5 / math.sqrt(count)
+            codes.append(errors > 0)
+    assert not torch.equal(codes[0], codes[1])
+    assert not torch.equal(codes[2], codes[3])
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.999])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_8_bit_moments_grow_past_every_power_of_two(sign, beta2):
+    """Equal gradients: the largest of a block rises by less than a code a step, and must still leave its binade."""
+    numel, steps = 1 << 12, 1000
+    p, q = (nn.Parameter(torch.zeros(numel)) for _ in range(2))
+    opt, exact = (gk.AdamW([x], lr=1e-3, betas=(0.9, beta2), **o) for x, o in ((p, {"state": "int8"}), (q, {})))
+    scales = 2.0 ** torch.linspace(0.0, 1.0, numel // 64).repeat_interleave(64)  # a block reaches any place in a binade
+    for _ in range(steps):
+        p.grad = q.grad = sign * scales
+        opt.step()
+        exact.step()
+    for name, signed, bits in (("exp_avg", True, 3), ("exp_avg_sq", False, 4)):
+        truth = exact.state[q][name].double()
+        assert (decoded(opt.state[p], name, signed) / truth - 1.0).abs().max() < 1.5
+        assert (decoded(opt.state[p], name, signed) / truth).mean().item() == pytest.approx(1.0, abs=2.0**-bits)
+    assert p.mean().item() == pytest.approx(q.mean().item(), rel=0.02)
+
+
 def test_8_bit_moments_follow_fp32_ones_over_many_steps():
     """Rounding at every step is a random walk that the moments' decay keeps short: it does not drift."""
     numel, steps = 1 << 14, 300
