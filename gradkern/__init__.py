@@ -16,6 +16,7 @@ from gradkern.errors import (
     LedgerError,
     PlanInfeasibleError,
 )
+from gradkern.grad_scaler import GradScaler
 from gradkern.gradient_release import GradientRelease
 from gradkern.ops._registry import use_backend
 from gradkern.optim import SGD, Adam, AdamW, Lion
@@ -31,6 +32,7 @@ __all__ = [
     "BackendUnavailableError",
     "BudgetExceededError",
     "GradAccumulator",
+    "GradScaler",
     "GradientRelease",
     "GradkernError",
     "LedgerError",

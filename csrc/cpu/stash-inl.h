@@ -10,13 +10,13 @@ GRADKERN_INLINE U32 stash_code(F32 x, U32 base, U32 words) {
 }
 
 // One block; returns its exponent.
-GRADKERN_INLINE uint8_t stash_block(const float* x, uint32_t key, uint32_t offset, uint8_t* codes) {
+GRADKERN_INLINE uint8_t stash_block(const float* x, uint32_t key, uint32_t offset, uint32_t infinity, uint8_t* codes) {
   U32 most = U32::all(0);
   for (int64_t i = 0; i < kStateBlock; i += F32::kLanes) {
     const F32 value = F32::load(x + i);
     most = U32::maximum(most, U32::of(value).unless_nan(value, U32::all(0x7FC00000u)) & U32::all(0x7FFFFFFFu));
   }
-  const uint32_t exponent = most.largest() >> 23;
+  const uint32_t exponent = Block8<true>::exponent(most.largest(), infinity);
   const U32 base = Block8<true>::base(exponent);
   for (int64_t i = 0; i < kStateBlock; i += 4 * F32::kLanes) {
     U32 code[4];
@@ -31,7 +31,7 @@ GRADKERN_INLINE uint8_t stash_block(const float* x, uint32_t key, uint32_t offse
 
 template <class Codec>
 inline double stash_chunk(const void* grad, int64_t offset, int64_t size, uint32_t key, uint8_t* codes,
-                          uint8_t* exponents) {
+                          uint8_t* exponents, uint32_t infinity) {
   const auto* from = static_cast<const typename Codec::Stored*>(grad);
   GroupSums sums;
   alignas(64) float group[kGroup];
@@ -47,7 +47,7 @@ inline double stash_chunk(const void* grad, int64_t offset, int64_t size, uint32
       uint8_t* const to = codes + i + j;
       uint8_t tail[kStateBlock];
       const bool whole = rest - j >= kStateBlock;
-      exponents[(i + j) / kStateBlock] = stash_block(group + j, key, at, whole ? to : tail);
+      exponents[(i + j) / kStateBlock] = stash_block(group + j, key, at, infinity, whole ? to : tail);
       if (!whole) {
         __builtin_memcpy(to, tail, rest - j);
       }
@@ -60,11 +60,11 @@ double stash_loop(const void* grad, DType dtype, int64_t offset, int64_t size, u
                   uint8_t* exponents) {
   switch (dtype) {
     case DType::kFloat32:
-      return stash_chunk<Float32Codec>(grad, offset, size, key, codes, exponents);
+      return stash_chunk<Float32Codec>(grad, offset, size, key, codes, exponents, 255u);
     case DType::kBFloat16:
-      return stash_chunk<BFloat16Codec>(grad, offset, size, key, codes, exponents);
+      return stash_chunk<BFloat16Codec>(grad, offset, size, key, codes, exponents, 255u);
     case DType::kFloat16:
-      return stash_chunk<Float16Codec>(grad, offset, size, key, codes, exponents);
+      return stash_chunk<Float16Codec>(grad, offset, size, key, codes, exponents, 143u);  // 2^16 is beyond fp16
   }
   return 0.0;
 }

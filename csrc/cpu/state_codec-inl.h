@@ -14,6 +14,14 @@ struct Block8 {
     return U32::all((exponent < 15u ? 0u : exponent - 15u) << kMantissaBits);
   }
 
+  // Exponent of a block whose largest magnitude has these bits: the next one where that number may be rounded up to it.
+  // Cut at the power of two, an average that grows slowly would never pass it. Nothing finite gets that of infinity,
+  // which is where the numbers of the dtype end.
+  static GRADKERN_INLINE uint32_t exponent(uint32_t largest, uint32_t infinity = 255u) {
+    const uint32_t rounded = (largest + ((1u << kShift) - 1u)) >> 23;
+    return rounded < infinity ? rounded : largest >> 23;
+  }
+
   static GRADKERN_INLINE F32 load(const uint8_t* codes, U32 base) {
     if (kSigned) {
       const U32 code = U32::load_s8(codes);

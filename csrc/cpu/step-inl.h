@@ -259,7 +259,8 @@ inline void rule_block8(const Rule& rule, const StepChunk& chunk, int64_t first,
           largest[k] = U32::maximum(largest[k], U32::of(F32::load(values + j)) & U32::all(0x7FFFFFFFu));
         }
       }
-      const uint32_t exponent = largest[k].largest() >> 23;
+      const uint32_t most = largest[k].largest();
+      const uint32_t exponent = Rule::kSigned[k] ? Block8<true>::exponent(most) : Block8<false>::exponent(most);
       *exponents[k] = static_cast<uint8_t>(exponent);
       blocks.previous_base[k] = Rule::kSigned[k] ? Block8<true>::base(exponent) : Block8<false>::base(exponent);
       blocks.previous_codes[k] = codes[k];

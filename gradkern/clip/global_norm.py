@@ -11,7 +11,7 @@ import torch
 from gradkern import functional
 from gradkern.clip.policy import ClipPolicy
 from gradkern.ops._chunks import kernel_can_read
-from gradkern.ops.step_scalars.reference import GRAD_MULTIPLIER
+from gradkern.ops.step_scalars.reference import CLIP_COEF
 
 __all__ = ["GlobalNorm", "GroupNorm"]
 
@@ -19,8 +19,8 @@ __all__ = ["GlobalNorm", "GroupNorm"]
 class _MeasuresItself(Protocol):
     """An optimizer that knows sums of squares of its gradients better than by a pass over them."""
 
-    def norm_partials(self) -> list[torch.Tensor]:
-        """fp64 sums of squares."""
+    def norm_partials(self, *, trusted: bool) -> list[torch.Tensor]:
+        """fp64 sums of squares; those of earlier only if they can be trusted."""
 
 
 class GlobalNorm(ClipPolicy):
@@ -80,6 +80,9 @@ class GlobalNorm(ClipPolicy):
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Let an optimizer of torch take part: before each of its steps its gradients are scaled in place.
 
+        Under a gradient scaler, step gradkern's optimizers first, and call ``unscale_`` for all optimizers or for none:
+        a norm over gradients of which some are scaled means nothing.
+
         Args:
             optimizer: Any ``torch.optim.Optimizer`` with plain gradients on one device, such as ``torch.optim.Muon``.
 
@@ -108,7 +111,10 @@ class GlobalNorm(ClipPolicy):
         return self._block
 
     def _measure(self, optimizer: torch.optim.Optimizer, members: list[torch.optim.Optimizer]) -> None:
-        partials = [block for member in members for block in _partials(member)]
+        scale = getattr(optimizer, "grad_scale", None)
+        # A verdict without a scale: a gradient scaler has unscaled the gradients, which leaves no trace at the others.
+        trusted = scale is not None or getattr(optimizer, "found_inf", None) is None
+        partials = [block for member in members for block in _partials(member, trusted=trusted)]
         devices = {block.device for block in partials}
         if len(devices) > 1:
             raise ValueError(
@@ -116,7 +122,6 @@ class GlobalNorm(ClipPolicy):
                 f"{', '.join(sorted(map(str, devices)))}; give each optimizer a policy of its own"
             )
         block = functional.new_scalars(devices.pop() if devices else torch.device("cpu"))
-        scale = getattr(optimizer, "grad_scale", None)
         functional.step_scalars_(block, [], partials, max_norm=self.max_norm, grad_scale=scale)
         self._block = block
         self._round = {id(member): _signature(member) for member in members}
@@ -129,7 +134,8 @@ class GlobalNorm(ClipPolicy):
             block = functional.new_scalars(grads[0].device if grads else torch.device("cpu"))
             functional.step_scalars_(block, [], _partials(optimizer), max_norm=self.max_norm)
         if grads:
-            torch._foreach_mul_(grads, block[GRAD_MULTIPLIER].float().to(grads[0].device))
+            # Without the scale: a gradient scaler has unscaled these already, or a fused step is about to.
+            torch._foreach_mul_(grads, block[CLIP_COEF].float().to(grads[0].device))
 
 
 class GroupNorm(GlobalNorm):
@@ -159,9 +165,9 @@ def _signature(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
     return [(id(grad), grad._version) for grad in _grads(optimizer)]
 
 
-def _partials(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def _partials(optimizer: torch.optim.Optimizer, *, trusted: bool = True) -> list[torch.Tensor]:
     if hasattr(optimizer, "norm_partials"):
-        return cast("_MeasuresItself", optimizer).norm_partials()
+        return cast("_MeasuresItself", optimizer).norm_partials(trusted=trusted)
     blocks = []
     by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for grad in _grads(optimizer):

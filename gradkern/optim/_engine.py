@@ -7,6 +7,7 @@ A fused optimizer inherits from its namesake in ``torch.optim`` (so that checks,
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -24,7 +25,7 @@ from gradkern.ops._step.codecs import GradTransform
 from gradkern.ops._step.rule import Codecs, State
 from gradkern.ops._step.spec import StepOp
 from gradkern.ops.step_scalars import reference as layout
-from gradkern.optim._gather import Bucket, Gathering
+from gradkern.optim._gather import Bucket, Gathering, kernels_can_update
 from gradkern.optim._hyper import HyperBlock
 from gradkern.optim._overlap import check_overlap
 from gradkern.optim._precision import Precision
@@ -174,6 +175,17 @@ class FusedStepMixin(torch.optim.Optimizer):
         blocks = self._scalars.blocks
         return blocks[0][layout.SKIPPED].long() if blocks else torch.zeros((), dtype=torch.int64)
 
+    def derives_found_inf(self) -> bool:
+        """Whether the norm of a step shows if all gradients are finite.
+
+        ``gradkern.GradScaler`` then leaves a dictionary ``found_inf_per_device`` at the optimizer, to be filled by the
+        step, and looks at no gradient itself.
+        """
+        if self.clip is not None and self.clip.norm_type not in (None, 1.0, 2.0, math.inf):
+            return False  # zeros can hide, and powers overflow
+        kinds = {type(p.grad) for group in self.param_groups for p in group["params"]}
+        return kinds <= {torch.Tensor, torch.nn.Parameter, type(None)}
+
     def register_step_event_hook(self, hook: Callable[[StepEvent], None]) -> RemovableHandle:
         """Call ``hook(event)`` after every step; see :mod:`gradkern.step_event`.
 
@@ -221,6 +233,7 @@ class FusedStepMixin(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; a clip policy with a memory adds ``"clip"``, which torch ignores."""
+        self._gathering.renew_changed_masters()
         saved = super().state_dict()
         saved["state"] = {key: dict(state) for key, state in saved["state"].items()}  # plain, for torch.load
         policy = {} if self.clip is None else self.clip.state_dict()
@@ -253,6 +266,7 @@ class FusedStepMixin(torch.optim.Optimizer):
             self._start(state.get("_options", {}))
 
     def __getstate__(self) -> dict[str, Any]:
+        self._gathering.renew_changed_masters()
         options = copy.copy(self._options)
         if self.clip is not None:  # as it is now, and not once more as max_norm
             options.pop("max_norm", None)
@@ -342,16 +356,21 @@ class FusedStepMixin(torch.optim.Optimizer):
         bucket.settled = True
         return codecs
 
-    def norm_partials(self) -> list[torch.Tensor]:
-        """Sums of squares of all gradients, for a norm over several optimizers; fp64, one per chunk of 4,096."""
+    def norm_partials(self, *, trusted: bool = True) -> list[torch.Tensor]:
+        """Sums of squares of all gradients, for a norm over several optimizers; fp64, one per chunk of 4,096.
+
+        Args:
+            trusted: Take those that were summed in backward where gradients have not changed since. False reads all
+                gradients: they may have changed without a trace.
+        """
         if self._in_step:
-            return self._scalars.partials(self._in_step)
+            return self._scalars.partials(self._in_step, trusted=trusted)
         buckets = self._gathering.buckets(self)
         self._scalars.begin(self)
         try:
             for bucket in buckets:
                 self._prepare(bucket, GradTransform.NONE)
-            return self._scalars.partials(buckets)
+            return self._scalars.partials(buckets, trusted=trusted)
         finally:
             for bucket in buckets:
                 bucket.grads, bucket.operands = [], None
@@ -425,6 +444,9 @@ class FusedStepMixin(torch.optim.Optimizer):
         for grad in grads:
             if grad.is_sparse:
                 self._check_sparse()
+        for param, grad in zip(params, grads, strict=True):
+            if group.get("differentiable", False) or not kernels_can_update(param, grad):
+                self._precision.check_kernels(name, param, grad)
         check_overlap(name, params)
         if not self._scalars.measures(self.clip):
             return
@@ -452,8 +474,12 @@ class FusedStepMixin(torch.optim.Optimizer):
         names = [f"{state.name}_scale" for state in self._OP.rule.states] + ["master"]
         if self._precision.state is not None or self._precision.master is not None:
             names += [state.name for state in self._OP.rule.states]
-        return {
-            name: saved[name].detach().clone().to(param.device)
-            for name in names
-            if isinstance(saved.get(name), torch.Tensor)
-        }
+        kept: dict[str, torch.Tensor] = {}
+        for name in names:
+            value = saved.get(name)
+            if not isinstance(value, torch.Tensor):
+                continue
+            kept[name] = value.detach().clone().to(param.device)
+            if value.shape == param.shape and value.stride() != param.stride():
+                kept[name] = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+        return kept

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gradkern.ops._chunks import kernel_can_read
+from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
 from gradkern.ops._step.codecs import ParamCodec, StateCodec, param_dtypes
 from gradkern.ops._step.columns import scales_of
 from gradkern.ops._step.rule import Codecs, State
@@ -18,7 +18,7 @@ from gradkern.ops._table import AddressTable, Operands
 from gradkern.optim._precision import Precision
 from gradkern.optim._state import Changes, WatchedState, WatchedStates
 
-__all__ = ["Bucket", "Gathered", "Gathering"]
+__all__ = ["Bucket", "Gathered", "Gathering", "kernels_can_update"]
 
 # Attributes by way of map(): with thousands of small tensors, gathering costs as much as the update itself.
 _grad = attrgetter("grad")
@@ -40,6 +40,7 @@ class Bucket:
         ids: Numbers of the parameters in the optimizer, as in its ``state_dict``.
         columns: State tensors by operand name.
         steps: Step counters, also of optimizers whose state has none.
+        relaid: Whether some gradient lies otherwise in memory than its parameter; ``grads`` then has a copy of it.
         norms: What the per-parameter norms of the last step are made of: parameters, and the partials of all of them.
     """
 
@@ -55,6 +56,7 @@ class Bucket:
     grads: list[torch.Tensor] = field(default_factory=list)
     operands: Operands | None = None
     settled: bool = False
+    relaid: bool = False
     # Held so that the addresses in the table stay valid whatever becomes of the tensors.
     storages: list[torch.UntypedStorage] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -124,11 +126,14 @@ class Gathering:
         self._plans: list[_GroupPlan] = []
         # Steps of optimizers whose state does not count them: kept here, by parameter.
         self._own_steps: dict[torch.Tensor, torch.Tensor] = {}
+        # Versions of parameters with a master that take no part in steps for the time being.
+        self._left: dict[torch.Tensor, int] = {}
 
     def forget(self) -> None:
         """Look at everything anew at the next step; what is not in the state is lost."""
         self._plans = []
         self._own_steps = {}
+        self._left = {}
 
     @property
     def last(self) -> list[Bucket]:
@@ -183,6 +188,8 @@ class Gathering:
             for bucket in plan.buckets:
                 if bucket.masters:
                     self._renew_masters(bucket)
+                if bucket.relaid:
+                    bucket.grads = list(map(_laid_as, bucket.grads, bucket.params))
             found.extend(plan.buckets)
             first_id += len(group["params"])
         if renewed:
@@ -200,6 +207,13 @@ class Gathering:
         """Take every parameter as it is; for changes that bump no version."""
         for bucket in self.last:
             bucket.versions = [-1] * len(bucket.params) if bucket.masters else []
+        self._left = dict.fromkeys(self._left, -1)
+
+    def renew_changed_masters(self) -> None:
+        """Take those parameters as they are that have changed since the last step."""
+        for bucket in self.last:
+            if bucket.masters:
+                self._renew_masters(bucket)
 
     def _renew_masters(self, bucket: Bucket) -> None:
         versions = list(map(_version, bucket.params))
@@ -221,17 +235,20 @@ class Gathering:
         first_id: int,
     ) -> list[Bucket]:
         cells = self._adopt_steps(optimizer, group, plan)
-        versions = {id(p): v for b in plan.buckets if b.versions for p, v in zip(b.params, b.versions, strict=True)}
+        for bucket in plan.buckets:
+            if bucket.versions:
+                self._left.update(zip(bucket.params, bucket.versions, strict=True))
         states = optimizer._states(group)
         buckets: dict[tuple[Any, ...], Bucket] = {}
         for param, grad, position in zip(params, grads, positions, strict=True):
-            readable = _kernels_can_read(param, grad) and not group.get("differentiable", False)
+            readable = kernels_can_update(param, grad) and not group.get("differentiable", False)
             state = self._state_of(optimizer, param, cells[position], states, kernel=readable)
-            codecs = self._codecs(param, grad, state, states) if readable else None
+            codecs = self._codecs(optimizer, param, grad, state, states) if readable else None
             key = (param.device, param.dtype, codecs)
             if key not in buckets:
                 buckets[key] = Bucket(group, codecs, states)
             bucket = buckets[key]
+            bucket.relaid |= codecs is not None and grad.stride() != param.stride()
             bucket.params.append(param)
             bucket.positions.append(position)
             bucket.ids.append(first_id + position)
@@ -246,8 +263,8 @@ class Gathering:
         for bucket in buckets.values():
             held = [*bucket.masters, *bucket.steps, *(t for column in bucket.columns.values() for t in column)]
             bucket.storages = [t.untyped_storage() for t in held] if bucket.codecs is not None else []
-            if bucket.masters and versions:
-                bucket.versions = [versions.get(id(p), p._version) for p in bucket.params]
+            if bucket.masters:
+                bucket.versions = [self._left.pop(p, p._version) for p in bucket.params]
         return list(buckets.values())
 
     def _state_of(
@@ -268,7 +285,12 @@ class Gathering:
         return state
 
     def _codecs(
-        self, param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], states: Sequence[State]
+        self,
+        optimizer: Gathered,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        state: dict[str, Any],
+        states: Sequence[State],
     ) -> Codecs | None:
         """How the operands are stored, or None where the state that there is cannot be read by kernels."""
         codecs = self._precision.codecs(param, grad)
@@ -284,8 +306,15 @@ class Gathering:
             masters = []
         else:
             masters = [state["master"]] if "master" in state else []
-        fits = all(t.shape == param.shape and t.stride() == param.stride() for t in (*tensors, *masters))
-        return codecs if fits else None
+        misfit = next((t for t in (*tensors, *masters) if not _same_layout(t, param)), None)
+        if misfit is not None and self._precision.needs_kernels(param.dtype):
+            raise ValueError(
+                f"{type(optimizer).__name__}: the state of a parameter of shape {tuple(param.shape)}, stride "
+                f"{param.stride()} has shape {tuple(misfit.shape)}, stride {misfit.stride()}, expected the same: "
+                "master=, state= and stochastic_rounding= keep it in memory order; lay the parameter out as it was, or "
+                "drop its state: del optimizer.state[param]"
+            )
+        return codecs if misfit is None else None
 
     def _adopt_steps(self, optimizer: Gathered, group: dict[str, Any], plan: _GroupPlan) -> Sequence[torch.Tensor]:
         """Let the step counters of a group be views of one buffer, so that one addition counts them all.
@@ -317,10 +346,19 @@ class Gathering:
         return cells
 
 
-def _kernels_can_read(param: torch.Tensor, grad: torch.Tensor) -> bool:
-    return (
-        kernel_can_read(param)
-        and kernel_can_read(grad)
-        and grad.shape == param.shape
-        and grad.stride() == param.stride()
-    )
+def kernels_can_update(param: torch.Tensor, grad: torch.Tensor) -> bool:
+    """Whether kernels can walk a parameter, and its gradient too once it is laid out as the parameter is."""
+    plain = type(grad) in (torch.Tensor, torch.nn.Parameter) and grad.layout == torch.strided
+    return kernel_can_read(param) and plain and grad.dtype in DTYPE_CODES and grad.shape == param.shape
+
+
+def _same_layout(tensor: torch.Tensor, param: torch.Tensor) -> bool:
+    return tensor.shape == param.shape and tensor.stride() == param.stride()
+
+
+def _laid_as(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    if grad.stride() == param.stride():
+        return grad
+    if all(a == b or size == 1 for size, a, b in zip(param.shape, grad.stride(), param.stride(), strict=True)):
+        return grad.as_strided(param.shape, param.stride())  # autograd does not care for strides that lead nowhere
+    return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)

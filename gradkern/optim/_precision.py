@@ -78,6 +78,29 @@ class Precision:
                 "master='fp32' or bf16 parameters"
             )
 
+    def needs_kernels(self, dtype: torch.dtype) -> bool:
+        """Whether parameters of a dtype are kept in a way that torch's own update knows nothing of."""
+        if dtype not in DTYPE_CODES:
+            return False  # fp64 and complex are left to torch, in their own precision
+        widened = self.master is not None or self.stochastic_rounding or self.state == "fp32"
+        return self.state in ("bf16", "int8") or (widened and dtype != torch.float32)
+
+    def check_kernels(self, owner: str, param: torch.Tensor, grad: torch.Tensor) -> None:
+        """Refuse a parameter that only torch's own update can take, but keeps what that update knows nothing of.
+
+        Raises:
+            ValueError: The options would be ignored.
+        """
+        if self.needs_kernels(param.dtype):
+            options = [f"master={self.master!r}"] if self.master is not None else []
+            options += [f"state={self.state!r}"] if self.state is not None else []
+            options += ["stochastic_rounding=True"] if self.stochastic_rounding else []
+            raise ValueError(
+                f"{owner}: {', '.join(options)} needs dense plain tensors and differentiable=False, got a "
+                f"{type(param).__name__} of shape {tuple(param.shape)}, stride {param.stride()} with a {grad.layout} "
+                f"gradient ({type(grad).__name__}); make it contiguous, or give it an optimizer without these options"
+            )
+
     def random(self) -> bool:
         """Whether steps draw random bits, and must be numbered for it."""
         return self.stochastic_rounding or self.state in ("bf16", "int8")
@@ -154,6 +177,12 @@ class Precision:
                 raise ValueError(
                     f"{owner}.load_state_dict: {state.name} was saved as {value.dtype}, this optimizer keeps "
                     f"{state_dtype(codec)} (state={self.state!r}); construct it with the state= of the saved one"
+                )
+            if eight and (value.shape != param.shape or value.stride() != param.stride()):
+                raise ValueError(
+                    f"{owner}.load_state_dict: {state.name} was saved for shape {tuple(value.shape)}, stride "
+                    f"{value.stride()}, this parameter has shape {tuple(param.shape)}, stride {param.stride()}; blocks "
+                    "of 8-bit state are cut from memory: lay the parameter out as it was"
                 )
         remainder = param_dtypes(self.param_codec(param.dtype))[1]
         master = saved.get("master")

@@ -39,8 +39,10 @@ class StepScalars:
 
     def __init__(self, fold: GradFold, *, skip_nonfinite: bool) -> None:
         self._fold = fold
+        self._always_skip_nonfinite = skip_nonfinite
         self._skip_nonfinite = skip_nonfinite
         self._grad_scale: torch.Tensor | None = None
+        self._found_inf_per_device: dict[torch.device, torch.Tensor] | None = None
         self.blocks: list[torch.Tensor] = []
         self.scale: torch.Tensor | float = 1.0
         self.found_inf: torch.Tensor | None = None
@@ -49,6 +51,9 @@ class StepScalars:
         """Take what a gradient scaler has left at the optimizer for this step."""
         self._grad_scale = getattr(optimizer, "grad_scale", None)
         self.found_inf = getattr(optimizer, "found_inf", None)
+        # gradkern.GradScaler has no verdict to give: it leaves room for ours.
+        self._found_inf_per_device = getattr(optimizer, "found_inf_per_device", None)
+        self._skip_nonfinite = self._always_skip_nonfinite or self._found_inf_per_device is not None
         self.scale = 1.0 if self._grad_scale is None else self._grad_scale.double()
 
     def measures(self, clip: ClipPolicy | None) -> bool:
@@ -116,15 +121,18 @@ class StepScalars:
             block = self.blocks[index]
             self._form_block(optimizer, clip, block, scope, [] if late else counters, late=late)
             block_of.update((id(bucket), block) for bucket in scope)
+        if self._found_inf_per_device is not None:
+            norm = torch.stack([block[layout.NORM] for block in self.blocks]).sum()
+            self._found_inf_per_device[norm.device] = (~norm.isfinite()).float()
         if late:
             if clip is not None and clip.error_if_nonfinite:
                 self._raise_if_nonfinite(optimizer, clip, buckets)
             self._settle(counters)
         return [block_of[id(bucket)] for bucket in buckets]
 
-    def partials(self, buckets: Sequence[Bucket]) -> list[torch.Tensor]:
+    def partials(self, buckets: Sequence[Bucket], *, trusted: bool = True) -> list[torch.Tensor]:
         """Sums of squares of all gradients, for a norm over several optimizers."""
-        trusted = self._trusted() and self.found_inf is None
+        trusted = trusted and self._trusted() and self.found_inf is None
         return [block for bucket in buckets for block in self._partials(bucket, trusted)]
 
     def _form_block(

@@ -174,6 +174,16 @@ def stirred_bits(x: torch.Tensor, key: int) -> torch.Tensor:
     return stir(_bits(x), key)
 
 
+def _block_exponents(largest: torch.Tensor, shift: int, infinity: int) -> torch.Tensor:
+    """Of blocks whose largest magnitudes have these bits: the next one where that number may be rounded up to it.
+
+    Cut at the power of two, an average that grows slowly would never pass it. Nothing finite gets that of infinity,
+    which is where the numbers of the dtype end.
+    """
+    rounded = (largest + ((1 << shift) - 1)) >> 23
+    return torch.where(rounded < infinity, rounded, largest >> 23)
+
+
 def _block_base(exponents: torch.Tensor, numel: int, mantissa_bits: int) -> torch.Tensor:
     base = (exponents.to(torch.int64) - 15).clamp(min=0) << mantissa_bits
     return base.repeat_interleave(STATE_BLOCK)[:numel]
@@ -182,9 +192,10 @@ def _block_base(exponents: torch.Tensor, numel: int, mantissa_bits: int) -> torc
 def decode_state(codec: StateCodec, state: torch.Tensor, scale: torch.Tensor | None, *, signed: bool) -> torch.Tensor:
     """The fp32 values of a flat state, shape ``(numel,)``.
 
-    8-bit codes are relative to the exponent of the largest element of their block of 64 (``scale``, uint8): 4 exponent
-    and 3 mantissa bits for a signed state, negated as a whole, whose code 0 is zero; 4 and 4 for one without sign,
-    whose code 0 is the smallest that the block can hold: the step divides by it.
+    8-bit codes are relative to the exponent of the largest element of their block of 64 (``scale``, uint8), or to the
+    next one where that element may be rounded up to it: 4 exponent and 3 mantissa bits for a signed state, negated as a
+    whole, whose code 0 is zero; 4 and 4 for one without sign, whose code 0 is the smallest that the block can hold: the
+    step divides by it.
     """
     if codec != StateCodec.BLOCK8:
         return state.float()
@@ -207,6 +218,7 @@ def encode_state(
     signed: bool,
     half: int,
     stirred: torch.Tensor | None = None,
+    infinity: int = 255,
 ) -> None:
     """Store fp32 values in a flat state.
 
@@ -219,6 +231,7 @@ def encode_state(
         signed: Whether the state can be negative.
         half: Which 16 bits of an element's word are this state's, in bf16: 0 the low, 1 the high.
         stirred: Random bits of 8-bit codes, from :func:`stirred_bits` of the first state's values.
+        infinity: Exponent that no block of finite numbers is given, with 8-bit codes.
     """
     if codec not in (StateCodec.BLOCK8, StateCodec.BFLOAT16_STOCHASTIC):
         state.copy_(x)
@@ -234,10 +247,10 @@ def encode_state(
     numel = x.numel()
     padded = magnitude.new_zeros(scale.numel() * STATE_BLOCK)
     padded[:numel] = magnitude
-    exponents = (padded.view(-1, STATE_BLOCK).amax(1) if numel else padded) >> 23
-    scale.copy_(exponents.to(torch.uint8))
     mantissa_bits = 3 if signed else 4
     shift = 23 - mantissa_bits
+    exponents = _block_exponents(padded.view(-1, STATE_BLOCK).amax(1) if numel else padded, shift, infinity)
+    scale.copy_(exponents.to(torch.uint8))
     random = stirred >> (32 - shift)
     code = ((magnitude + random) >> shift) - _block_base(exponents, numel, mantissa_bits)
     if signed:

@@ -8,6 +8,7 @@ import triton.language as tl
 from gradkern.ops._triton.kernels import load_f32, store_f32
 
 __all__ = [
+    "block_exponents",
     "load_param",
     "load_state",
     "param_pointer",
@@ -187,6 +188,13 @@ def _spread(values, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def block_exponents(largest, SHIFT: tl.constexpr, INFINITY: tl.constexpr):
+    """Exponents of blocks by the bits of their largest magnitudes; as ``_block_exponents`` of the reference."""
+    rounded = (largest + ((1 << SHIFT) - 1)) >> 23
+    return tl.where(rounded < INFINITY, rounded, largest >> 23)
+
+
+@triton.jit
 def _block_base(exponents, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr):
     exponents = exponents.to(tl.int32)
     return _spread(tl.where(exponents < 15, 0, exponents - 15) << MANTISSA_BITS, BLOCK)
@@ -229,7 +237,8 @@ def store_state(
         if MASKED:
             magnitude = tl.where(offsets < size, magnitude, 0)  # padding must not set the exponent of a block
         blocks: tl.constexpr = BLOCK // _STATE_BLOCK
-        exponents = tl.max(tl.reshape(magnitude, [blocks, _STATE_BLOCK]), axis=1) >> 23
+        largest = tl.max(tl.reshape(magnitude, [blocks, _STATE_BLOCK]), axis=1)
+        exponents = block_exponents(largest, 20 if SIGNED else 19, 255)
         block = start // _STATE_BLOCK + tl.arange(0, blocks)
         # Always masked, so that the reader of machine code does not take one byte for 64 elements for a hot access.
         tl.store(scale + block, exponents.to(tl.uint8), mask=block < (size + _STATE_BLOCK - 1) // _STATE_BLOCK)

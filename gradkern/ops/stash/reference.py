@@ -24,6 +24,9 @@ def stash_(operands: Operands, partials: torch.Tensor) -> None:
     for grad, codes, exponents, key in zip(*columns, operands.integers("keys"), strict=True):
         wide, flat = flat_view(grad).float(), flat_view(codes)
         words = random_words(key & 0xFFFFFFFF, wide.numel())
-        encode_state(StateCodec.BLOCK8, wide, flat, exponents, key, signed=True, half=0, stirred=words)
+        infinity = 143 if grad.dtype == torch.float16 else 255  # 2^16 is beyond fp16
+        encode_state(
+            StateCodec.BLOCK8, wide, flat, exponents, key, signed=True, half=0, stirred=words, infinity=infinity
+        )
         flat[flat == _MOST_NEGATIVE] = _CUT
     sumsq_reference.sumsq(Operands(operands.op, {"tensors": operands["grads"]}), partials)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gradkern.ops._step.triton_codecs import random_words
+from gradkern.ops._step.triton_codecs import block_exponents, random_words
 from gradkern.ops._table import Operands
 from gradkern.ops._triton.kernels import CHUNK, find_row, load_f32, sum_chunk, tile_offsets, typed_pointer
 from gradkern.ops._triton.launch import Variant, fold_warps, launch, warp_size
@@ -14,6 +14,7 @@ from gradkern.ops._triton.launch import Variant, fold_warps, launch, warp_size
 __all__ = ["VARIANTS", "stash_"]
 
 _BLOCK = tl.constexpr(64)
+_FLOAT16 = tl.constexpr(2)
 
 # Codes take one byte, and a tile is two of those that this counts in.
 _ITEM_BYTES = 2
@@ -37,7 +38,8 @@ def _stash_tile(
     x = load_f32(grad_ptr, offsets, size, DTYPE, MASKED)
     bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
     magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
-    exponents = tl.max(magnitude, axis=2) >> 23
+    infinity: tl.constexpr = 143 if DTYPE == _FLOAT16 else 255  # 2^16 is beyond fp16
+    exponents = block_exponents(tl.max(magnitude, axis=2), 20, infinity)
     random = (random_words(key, offset.to(tl.uint32) + offsets.to(tl.uint32)) >> 12).to(tl.int32)
     base = tl.where(exponents < 15, 0, exponents - 15) << 3
     code = ((magnitude + random) >> 20) - base[:, :, None]

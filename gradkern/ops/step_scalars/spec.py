@@ -35,8 +35,9 @@ def _native(
         [operands.cache.dtype_code(column) for operands, column, _ in unsummed],
         [sums for _, _, sums in unsummed],
         max_norm,
-        None if grad_scale is None else float(grad_scale),
-        found_inf is not None and float(found_inf) != 0.0,
+        # These lie on the CPU: tolist() looks there, where float() would ask for an item as a GPU must be asked.
+        None if grad_scale is None else grad_scale.reshape(()).tolist(),
+        found_inf is not None and bool(found_inf.reshape(()).tolist()),
         skip_nonfinite,
     )
 
