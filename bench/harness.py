@@ -6,6 +6,7 @@ larger than any cache, takes its turns among the systems of every measurement.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -86,7 +87,8 @@ class Triad:
         return max(self.bytes_moved / min(timings[name]) for name in self.systems())
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+@functools.cache
+def _machine(device: torch.device) -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
@@ -102,9 +104,11 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "cpu": cpu,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "isa": _native.isa(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
     }
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    return {**_machine(device), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
 
 
 @dataclass
@@ -151,5 +155,5 @@ class Report:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(target.suffix + ".part")
-        part.write_text(json.dumps(self.records, indent=1) + "\n")
+        part.write_text("[\n" + ",\n".join(map(json.dumps, self.records)) + "\n]\n")
         part.replace(target)

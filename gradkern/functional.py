@@ -7,14 +7,16 @@ through addresses do not do by themselves.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
 from gradkern.ops import _registry
-from gradkern.ops._chunks import DTYPE_CODES, chunk_count
+from gradkern.ops._chunks import CHUNK, DTYPE_CODES, chunk_count
 from gradkern.ops._step.codecs import ParamCodec, StateCodec
 from gradkern.ops._step.columns import step_operands
 from gradkern.ops._step.rule import Codecs
@@ -50,6 +52,7 @@ __all__ = [
     "sumsq",
     "sumsq_exact",
     "sumsq_of",
+    "sumsq_units",
     "unstash_",
 ]
 
@@ -99,6 +102,49 @@ def sumsq_of(operands: Operands, column: str) -> torch.Tensor:
     partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=operands.device())
     _registry.select(SUMSQ, partials.device)(operands, partials, column=column)
     return partials
+
+
+def sumsq_units(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
+    """Sum of squares of every unit of consecutive elements, as of the rows of a matrix.
+
+    Args:
+        tensors: fp32, bf16 or fp16, all of one dtype and device, dense; units are cut in memory order.
+        sizes: Elements in a unit, by tensor; each at least 1 and a divisor of its tensor's elements.
+
+    Returns:
+        fp64, shape ``(units,)``, in order of tensors.
+
+    Numerics:
+        A unit is cut into chunks from its own first element, each summed as by :func:`sumsq`; the sums of its chunks
+        are added in order. Same bits on every backend.
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64)
+    operands = Operands.of_units(SUMSQ.name, "tensors", tensors, sizes)
+    partials = torch.empty(operands.cache.chunks, dtype=torch.float64, device=tensors[0].device)
+    _registry.select(SUMSQ, partials.device)(operands, partials)
+    if max(sizes) <= CHUNK:
+        return partials
+    counts = tuple(t.numel() // size for t, size in zip(tensors, sizes, strict=True))
+    first, more = _chunks_of_units(tuple(sizes), counts, partials.device)
+    sums = partials[first]
+    for units, places in more:  # one order of additions everywhere
+        sums[units] += partials[places]
+    return sums
+
+
+@functools.lru_cache(maxsize=64)
+def _chunks_of_units(
+    sizes: tuple[int, ...], counts: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The first partial of every unit; then, as often as a unit has more, which units and which partials."""
+    chunks = np.repeat(np.array(list(map(chunk_count, sizes))), counts)
+    first = np.cumsum(chunks) - chunks
+    more = []
+    for k in range(1, int(chunks.max())):
+        units = np.flatnonzero(chunks > k)
+        more.append((torch.from_numpy(units).to(device), torch.from_numpy(first[units] + k).to(device)))
+    return torch.from_numpy(first).to(device), more
 
 
 def sumsq_exact(tensors: Sequence[torch.Tensor], *, cache: AddressTable | None = None) -> torch.Tensor:

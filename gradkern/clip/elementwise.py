@@ -8,7 +8,7 @@ import torch
 
 from gradkern import functional
 from gradkern.clip.policy import ClipPolicy, Units
-from gradkern.ops._chunks import chunk_count, kernel_can_read
+from gradkern.ops._chunks import kernel_can_read
 from gradkern.ops._step.codecs import GradTransform
 
 __all__ = ["AGC", "Value"]
@@ -100,19 +100,16 @@ def _unit_size(param: torch.Tensor) -> int:
 
 def _unit_norms(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
     """L2 norms of all units of all tensors, fp64, in order."""
-    norms = []
-    for tensor, size in zip(tensors, sizes, strict=True):
-        if tensor.numel() == 0:
-            norms.append(torch.zeros(0, dtype=torch.float64, device=tensor.device))
-        elif kernel_can_read(tensor):
-            flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-            per_unit = chunk_count(size)
-            partials = functional.sumsq(list(flat.split(size))).view(-1, per_unit)
-            total = partials[:, 0]
-            for k in range(1, per_unit):  # one order of additions everywhere
-                total = total + partials[:, k]
-            norms.append(total.sqrt())
-        else:
-            wide = torch.complex128 if tensor.is_complex() else torch.float64
-            norms.append(torch.linalg.vector_norm(tensor.reshape(-1, size), dim=1, dtype=wide).double())
-    return torch.cat(norms)
+    if all(map(kernel_can_read, tensors)) and len({t.dtype for t in tensors}) == 1 and all(t.numel() for t in tensors):
+        return functional.sumsq_units(tensors, sizes).sqrt()
+    return torch.cat([_norms_of(tensor, size) for tensor, size in zip(tensors, sizes, strict=True)])
+
+
+def _norms_of(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    if tensor.numel() == 0:
+        return torch.zeros(0, dtype=torch.float64, device=tensor.device)
+    if kernel_can_read(tensor):
+        return functional.sumsq_units([tensor], [size]).sqrt()
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    norms: torch.Tensor = torch.linalg.vector_norm(tensor.reshape(-1, size), dim=1, dtype=wide)
+    return norms.double()

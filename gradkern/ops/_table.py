@@ -7,14 +7,16 @@ operand. The table is rebuilt only where an address changed, and it never keeps 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from operator import attrgetter, eq
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, overload
 
+import numpy as np
 import torch
 
-from gradkern.ops._chunks import DTYPE_CODES, chunk_count, is_dense
+from gradkern.ops._chunks import CHUNK, DTYPE_CODES, chunk_count, flat_view, is_dense
 
 __all__ = ["AddressTable", "Operands", "Role"]
 
@@ -122,6 +124,20 @@ class AddressTable:
             if addresses != self._addresses[name] or (tensors is not None and self._dtypes[name] is None):
                 self._rebuild(op, position, name, role, tensors, addresses, cast("Sequence[torch.Tensor]", first))
         return self._data
+
+    @classmethod
+    def of_rows(cls, name: str, dtype: torch.dtype, sizes: np.ndarray, addresses: np.ndarray) -> AddressTable:
+        """A table of one operand whose rows are known: int64 element counts and addresses, shape ``(rows,)``."""
+        table = cls()
+        table._reset(len(sizes), [name])
+        chunks = -(-sizes // CHUNK)
+        table._rows[:, 0] = sizes
+        table._rows[:, 1] = np.cumsum(chunks) - chunks
+        table._rows[:, 2] = addresses
+        table._dtypes[name] = dtype
+        table._aligned = bool((addresses % 16 == 0).all())
+        table.chunks = int(chunks.sum())
+        return table
 
     def on_device(self, device: torch.device) -> torch.Tensor:
         """The current table on ``device``; on a GPU copied asynchronously from pinned memory when it changed."""
@@ -270,6 +286,33 @@ class AddressTable:
                 )
 
 
+class _Units(Sequence[torch.Tensor]):
+    """Units of tensors as tensors, each made when asked for."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
+        self._tensors = tensors
+        self._sizes = sizes
+        counts = (t.numel() // size for t, size in zip(tensors, sizes, strict=True))
+        self._ends = list(accumulate(counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = bisect_right(self._ends, index)
+        unit = index - (self._ends[at - 1] if at else 0)
+        flat = flat_view(self._tensors[at].detach())
+        return flat[unit * self._sizes[at] : (unit + 1) * self._sizes[at]]
+
+
 class Operands:
     """The tensors of one call, by operand name, checked, with the table that kernels read.
 
@@ -306,6 +349,29 @@ class Operands:
 
     def __getitem__(self, name: str) -> Sequence[torch.Tensor]:
         return cast("Tensors", self.columns[name]) or ()
+
+    @classmethod
+    def of_units(cls, op: str, name: str, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> Operands:
+        """A row for every unit of consecutive elements, without a tensor for each: there may be many thousands.
+
+        Args:
+            op: Name of the op, for messages.
+            name: Of its one operand.
+            tensors: Of one dtype and device, dense; at least one.
+            sizes: Elements in a unit, by tensor; each divides its tensor's elements.
+        """
+        counts = np.array([t.numel() // size for t, size in zip(tensors, sizes, strict=True)], dtype=np.int64)
+        unit_sizes = np.repeat(np.array(sizes, dtype=np.int64), counts)
+        inside = np.arange(len(unit_sizes)) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.repeat(np.array(list(map(_data_ptr, tensors)), dtype=np.int64), counts)
+        operands = cls.__new__(cls)
+        operands.op = op
+        operands.columns = {name: _Units(tensors, sizes)}
+        operands.cache = AddressTable.of_rows(
+            name, tensors[0].dtype, unit_sizes, starts + inside * unit_sizes * tensors[0].itemsize
+        )
+        operands.table = operands.cache.on_device(torch.device("cpu"))
+        return operands
 
     def integers(self, name: str) -> Sequence[int]:
         """A column of integers; zeros where it was left out."""

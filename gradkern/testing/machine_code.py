@@ -67,6 +67,7 @@ class MachineCode:
         local_bytes: Memory of a thread beside registers: stack, local memory, scratch.
         shared_bytes: Shared memory of a program.
         threads: Threads of a program.
+        hot_bytes: Bytes of the hot loads and stores in the code, each counted once: those of one tile of a loop.
         hot_access_bits: Width of the narrowest hot load or store; 0 where the kernel has none.
         occupancy: Share of a processor's threads that can be resident, by registers, shared memory and programs.
         forbidden: Instructions in the PTX that break the arithmetic contract.
@@ -78,6 +79,7 @@ class MachineCode:
     local_bytes: int
     shared_bytes: int
     threads: int
+    hot_bytes: int
     hot_access_bits: int
     occupancy: float
     forbidden: tuple[str, ...]
@@ -92,8 +94,10 @@ def all_variants() -> Iterator[tuple[str, Variant]]:
 
 
 def variant_name(op: str, variant: Variant) -> str:
-    """The op and the constants that tell its variants apart."""
-    return " ".join([op, *(f"{key}={value}" for key, value in variant.constants.items() if key != "ALIGNED")])
+    """The op and the numbers that tell its variants apart."""
+    same = {"ALIGNED", "BLOCK", "STATES", "HYPER"}
+    numbers = (f"{k}={v:d}" for k, v in variant.constants.items() if isinstance(v, int) and k not in same)
+    return " ".join([op, *numbers])
 
 
 def target_name(target: Any) -> str:
@@ -190,6 +194,7 @@ def _read_nvidia(compiled: Any, threads: int, name: str) -> MachineCode:
     if len(words) > _single_words(compiled.asm["ttir"]):
         narrower.append(32)
     in_sass = len(re.findall(r"\b(?:LDG|STG)\.E[.\w]*\.128", text))
+    hot = _hot_bytes(compiled.asm["ttir"])
     wide = min(widths.count(WIDE), in_sass) * WIDE // 8 * threads
     sizes = {"64": 8, "128": 16, "S16": 2, "U16": 2, "S8": 1, "U8": 1}
     spilled = re.findall(r"\b(?:LDL|STL)((?:\.\w+)*)", text)
@@ -199,7 +204,8 @@ def _read_nvidia(compiled: Any, threads: int, name: str) -> MachineCode:
         local_bytes=int(usage[2]) + int(usage[3]),
         shared_bytes=compiled.metadata.shared,
         threads=threads,
-        hot_access_bits=_hot_access_bits(_hot_bytes(compiled.asm["ttir"]), wide, narrower),
+        hot_bytes=hot,
+        hot_access_bits=_hot_access_bits(hot, wide, narrower),
         occupancy=_occupancy(name, int(usage[1]), threads, compiled.metadata.shared),
         forbidden=tuple(sorted(set(_FORBIDDEN.findall(ptx)))),
         arithmetic=re.search(r"\b(?:(?:add|mul)\.(?:rn\.)?f(?:32|64)|max\.[su]32)", ptx) is not None,
@@ -229,6 +235,7 @@ def _read_amd(compiled: Any, threads: int, name: str) -> MachineCode:
         local_bytes=field("private_segment_fixed_size"),
         shared_bytes=compiled.metadata.shared,
         threads=threads,
+        hot_bytes=hot,
         hot_access_bits=bits if hot else 0,
         occupancy=_occupancy(name, registers, threads, compiled.metadata.shared),
         forbidden=(),  # a division or root is a sequence with fused steps there, correctly rounded as a whole
