@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import accumulate, cycle, peers, state8, step, train
+from bench import accumulate, cycle, peers, policies, state8, step, train
 from bench.cases import CASES
 from bench.harness import Report, Triad, interleave
 from bench.state8 import held_bytes
@@ -49,12 +49,13 @@ def test_cases_are_what_they_say():
     }
 
 
-@pytest.mark.parametrize("suite", [step, cycle, accumulate, state8], ids=lambda suite: suite.__name__)
+@pytest.mark.parametrize("suite", [step, cycle, accumulate, policies, state8], ids=lambda suite: suite.__name__)
 def test_a_suite_runs_and_writes_records(suite, monkeypatch, tmp_path, capsys):
     # Peers warn and log on import, and import far more than themselves: they have tests in processes of their own.
     monkeypatch.setattr(peers, "usable", lambda makers, device: {})
     monkeypatch.setattr(suite, "CASES", {"tiny": lambda: [(100,), (5000, 3)]})
-    monkeypatch.setattr(suite, "Triad", lambda device: Triad(device, 1 << 14))
+    if hasattr(suite, "Triad"):
+        monkeypatch.setattr(suite, "Triad", lambda device: Triad(device, 1 << 14))
     report = Report(suite.__name__, torch.device("cpu"))
     suite.run(report, rounds=7)
     file = tmp_path / "new" / "records.json"
