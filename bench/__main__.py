@@ -9,7 +9,7 @@ import torch
 
 from .harness import Report
 
-SUITES = ("accumulate", "cycle", "gpu", "policies", "state8", "step", "train")
+SUITES = ("accumulate", "cycle", "gpu", "policies", "state8", "state8_loss", "step", "train")
 
 
 def main() -> None:

@@ -59,10 +59,10 @@ class Loop:
     order: torch.Tensor
 
     @classmethod
-    def start(cls, model: GPT2LMHeadModel, corpus: Corpus, order: torch.Tensor) -> Loop:
-        """Begin training ``model``."""
+    def start(cls, model: GPT2LMHeadModel, corpus: Corpus, order: torch.Tensor, *, state: str | None = None) -> Loop:
+        """Begin training ``model``; ``state`` is the precision of the optimizer's moments, by default fp32."""
         optimizer = gk.AdamW(
-            model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, max_norm=MAX_NORM
+            model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, max_norm=MAX_NORM, state=state
         )
         return cls(model, optimizer, corpus, order)
 
@@ -93,6 +93,7 @@ class Loop:
         return sum(losses) / ACCUMULATE
 
     def _backward(self, rows: torch.Tensor) -> float:
+        rows = rows.to(self.model.device)
         loss = self.model(input_ids=rows, labels=rows).loss
         (loss / ACCUMULATE).backward()
         return float(loss.detach())

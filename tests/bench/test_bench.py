@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import accumulate, cycle, peers, policies, state8, step, train
+from bench import accumulate, cycle, peers, policies, state8, state8_loss, step, train
 from bench.cases import CASES
 from bench.harness import Report, Triad, interleave
 from bench.state8 import held_bytes
@@ -73,6 +73,29 @@ def test_a_training_step_is_timed_on_parameters_that_all_systems_share(monkeypat
     report = Report("train", torch.device("cpu"))
     train.run(report, rounds=7)
     assert capsys.readouterr().out.count("\n") == len(report.records) == 10
+
+
+def test_losses_are_compared_seed_by_seed(monkeypatch, capsys):
+    tiny = state8_loss.Size(layers=1, width=32, length=16, steps=3, held_out_rows=4)
+    monkeypatch.setattr(state8_loss, "CASES", {"tiny": tiny})
+    report = Report("state8_loss", torch.device("cpu"))
+    state8_loss.run(report, rounds=7)
+    found = {(record["system"], record["metric"]): record["value"] for record in report.records}
+    assert len(found) == len(report.records) == 2 * (state8_loss.SEEDS + 1) + 3
+    fp32, int8 = (
+        [found[f"gradkern {state}", f"held_out_loss_seed_{seed}"] for seed in range(state8_loss.SEEDS)]
+        for state in ("fp32", "int8")
+    )
+    assert len(set(fp32)) == state8_loss.SEEDS  # every seed is another run
+    assert fp32 != int8
+    differences = torch.tensor([100 * (b / a - 1) for a, b in zip(fp32, int8, strict=True)], dtype=torch.float64)
+    pair = "gradkern int8 / gradkern fp32"
+    assert found[pair, "loss_difference"] == pytest.approx(differences.mean().item())
+    width = found[pair, "loss_difference_high"] - found[pair, "loss_difference_low"]
+    # Of Student's t with 4 degrees of freedom, 97.5 % lie below 2.776.
+    assert width == pytest.approx(2 * 2.776 * differences.std().item() / 5**0.5, rel=1e-3)
+    # Three steps from the same weights over the same rows.
+    assert differences.abs().max() < 1.0
 
 
 def test_held_bytes_opens_wrappers_and_counts_shared_storage_once():
