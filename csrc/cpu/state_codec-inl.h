@@ -26,7 +26,7 @@ struct Block8 {
     if (kSigned) {
       const U32 code = U32::load_s8(codes);
       const U32 magnitude = code.magnitude();
-      const U32 bits = (magnitude + base).template shl<kShift>().signed_as(magnitude);
+      const U32 bits = (magnitude + base).template shl<kShift>().where_nonzero(magnitude);
       return (bits | (code & U32::all(0x80000000u))).as_float();
     }
     return (U32::load_u8(codes) + base).template shl<kShift>().as_float();
@@ -43,7 +43,7 @@ struct Block8 {
     const U32 random = stirred.template shr<32 - kShift>();
     if (kSigned) {
       const U32 magnitude = bits & U32::all(0x7FFFFFFFu);
-      const U32 code = (magnitude + random).template shr<kShift>() - base;
+      const U32 code = (magnitude + random).template shr<kShift>() - base;  // of zero: at most zero
       return U32::maximum(code, U32::all(0)).signed_as(bits);
     }
     return (bits + random).template shr<kShift>() - base;

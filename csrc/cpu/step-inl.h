@@ -3,8 +3,16 @@
 
 constexpr int64_t kBlock = 512;
 
+// The rule and the pointers are copied: a store through a float pointer might change them where they were, for all that
+// the compiler knows, and it would load them again for every vector.
 template <class Rule>
-inline void rule_block(const Rule& rule, float* param, const float* grad, float* const* states, int64_t padded) {
+inline void rule_block(const Rule& shared_rule, float* param, const float* grad, float* const* shared_states,
+                       int64_t padded) {
+  const Rule rule = shared_rule;
+  float* states[Rule::kStates + 1];
+  for (int k = 0; k < Rule::kStates; ++k) {
+    states[k] = shared_states[k];
+  }
   for (int64_t i = 0; i < padded; i += F32::kLanes) {
     prefetch(param + i);
     prefetch(grad + i);
@@ -182,7 +190,11 @@ struct Blocks8 {
   // The rule on 64 elements, states left in values[now]; with kPrevious, the codes of values[1 - now] besides.
   template <bool kPrevious>
   GRADKERN_INLINE void run(const Rule& rule, uint32_t key, int now, float* param, const float* grad,
-                           uint8_t* const* codes, U32* largest) {
+                           uint8_t* const* codes, U32* shared_largest) {
+    U32 largest[Rule::kStates + 1];
+    for (int k = 0; k < Rule::kStates; ++k) {
+      largest[k] = U32::all(0);
+    }
     for (int64_t j = 0; j < kStateBlock; j += 4 * F32::kLanes) {
       for (int64_t i = j; i < j + 4 * F32::kLanes; i += F32::kLanes) {
         prefetch(param + i);
@@ -201,6 +213,9 @@ struct Blocks8 {
       if (kPrevious) {
         encode<true>(key, 1 - now, j);
       }
+    }
+    for (int k = 0; k < Rule::kStates; ++k) {
+      shared_largest[k] = largest[k];
     }
   }
 
@@ -229,8 +244,9 @@ struct Blocks8 {
 
 // As rule_block, for states in 8 bits.
 template <class Rule>
-inline void rule_block8(const Rule& rule, const StepChunk& chunk, int64_t first, int64_t size, float* param,
+inline void rule_block8(const Rule& shared_rule, const StepChunk& chunk, int64_t first, int64_t size, float* param,
                         const float* grad, Scratch& scratch) {
+  const Rule rule = shared_rule;
   Blocks8<Rule> blocks;
   bool pending = false;
   int now = 0;
@@ -315,13 +331,21 @@ inline void step_block(const Rule& rule, const StepChunk& chunk, int64_t first, 
   close_param(chunk, scratch.param, scratch.remainder, first, padded, param);
 }
 
+// Elements of one turn: all, where nothing passes through scratch.
+inline int64_t turn_size(const StepChunk& chunk) {
+  const bool in_place = chunk.param_codec == ParamCodec::kFloat32 && chunk.grad_dtype == DType::kFloat32 &&
+                        chunk.transform == GradTransform::kNone && chunk.state_codec == StateCodec::kFloat32;
+  return in_place ? kChunk : kBlock;
+}
+
 template <class Rule>
 inline void step_chunk(const StepChunk& chunk, const StepScalars& scalars) {
   const Rule rule(scalars);
   Scratch scratch;
   const int64_t whole = chunk.size - chunk.size % whole_size(chunk);
-  for (int64_t i = 0; i < whole; i += kBlock) {
-    step_block(rule, chunk, i, whole - i < kBlock ? whole - i : kBlock, scratch);
+  const int64_t turn = turn_size(chunk);
+  for (int64_t i = 0; i < whole; i += turn) {
+    step_block(rule, chunk, i, whole - i < turn ? whole - i : turn, scratch);
   }
   if (whole < chunk.size) {
     step_block(rule, chunk, whole, chunk.size - whole, scratch);

@@ -122,7 +122,7 @@ struct U32 {
     return static_cast<uint32_t>(_mm_cvtsi128_si32(x));
   }
   GRADKERN_INLINE U32 magnitude() const { return {_mm256_abs_epi32(v)}; }
-  // This, which is not negative, with the sign of another number; zero where that is zero.
+  // This, which is not negative, and zero where `other` is, with the sign of that.
   GRADKERN_INLINE U32 signed_as(U32 other) const { return {_mm256_sign_epi32(v, other.v)}; }
   // `other` where this is zero, else this.
   GRADKERN_INLINE U32 or_if_zero(U32 other) const {

@@ -113,11 +113,9 @@ struct U32 {
   static GRADKERN_INLINE U32 maximum(U32 a, U32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
   GRADKERN_INLINE uint32_t largest() const { return static_cast<uint32_t>(_mm512_reduce_max_epi32(v)); }
   GRADKERN_INLINE U32 magnitude() const { return {_mm512_abs_epi32(v)}; }
-  // This, which is not negative, with the sign of another number; zero where that is zero.
+  // This, which is not negative, and zero where `other` is, with the sign of that.
   GRADKERN_INLINE U32 signed_as(U32 other) const {
-    const __m512i zero = _mm512_setzero_si512();
-    const __m512i x = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(other.v, other.v), v);
-    return {_mm512_mask_sub_epi32(x, _mm512_cmplt_epi32_mask(other.v, zero), zero, v)};
+    return {_mm512_mask_sub_epi32(v, _mm512_movepi32_mask(other.v), _mm512_setzero_si512(), v)};
   }
   // `other` where this is zero, else this.
   GRADKERN_INLINE U32 or_if_zero(U32 other) const {

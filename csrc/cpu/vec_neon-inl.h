@@ -99,11 +99,10 @@ struct U32 {
   }
   GRADKERN_INLINE uint32_t largest() const { return static_cast<uint32_t>(vmaxvq_s32(vreinterpretq_s32_u32(v))); }
   GRADKERN_INLINE U32 magnitude() const { return {vreinterpretq_u32_s32(vabsq_s32(vreinterpretq_s32_u32(v)))}; }
-  // This, which is not negative, with the sign of another number; zero where that is zero.
+  // This, which is not negative, and zero where `other` is, with the sign of that.
   GRADKERN_INLINE U32 signed_as(U32 other) const {
     const uint32x4_t negative = vcltzq_s32(vreinterpretq_s32_u32(other.v));
-    const uint32x4_t x = vbslq_u32(negative, vsubq_u32(vdupq_n_u32(0), v), v);
-    return {vandq_u32(x, vtstq_u32(other.v, other.v))};
+    return {vbslq_u32(negative, vsubq_u32(vdupq_n_u32(0), v), v)};
   }
   // `other` where this is zero, else this.
   GRADKERN_INLINE U32 or_if_zero(U32 other) const { return {vbslq_u32(vceqzq_u32(v), other.v, v)}; }

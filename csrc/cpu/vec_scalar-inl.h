@@ -139,10 +139,8 @@ struct U32 {
   }
   GRADKERN_INLINE uint32_t largest() const { return v; }
   GRADKERN_INLINE U32 magnitude() const { return {static_cast<int32_t>(v) < 0 ? 0u - v : v}; }
-  // This, which is not negative, with the sign of another number; zero where that is zero.
-  GRADKERN_INLINE U32 signed_as(U32 other) const {
-    return {other.v == 0 ? 0u : static_cast<int32_t>(other.v) < 0 ? 0u - v : v};
-  }
+  // This, which is not negative, and zero where `other` is, with the sign of that.
+  GRADKERN_INLINE U32 signed_as(U32 other) const { return {static_cast<int32_t>(other.v) < 0 ? 0u - v : v}; }
   // `other` where this is zero, else this.
   GRADKERN_INLINE U32 or_if_zero(U32 other) const { return v == 0 ? other : *this; }
   // This where `condition` is not zero, else zero.
