@@ -85,7 +85,7 @@ def readme_table(results: Mapping[str, Records]) -> str:
         ]
         rows[-1] += (
             f" {label}: accumulation runs at {share:.0f} % of the triad; "
-            f"the norm adds {costs[0]:.0f} % to it (fp32), {costs[1]:.0f} % (bf16)."
+            f"the norm adds {round(costs[0])} % to it (fp32), {round(costs[1])} % (bf16)."
         )
     return "\n".join(rows) + "\n"
 
