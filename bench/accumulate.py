@@ -1,4 +1,7 @@
-"""Suite ``accumulate``: micro-batches folded into fp32 gradients: alone, with their norm, and up to the step."""
+"""Suite ``accumulate``: micro-batches folded into fp32 gradients: alone, with their norm, and up to the step.
+
+And the norm of gradients that are there, by chunks and for any cut.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ def run(report: Report, rounds: int) -> None:
             parts(report, case, shapes(), dtype, Triad(report.device), rounds)
         for count in MICRO_BATCHES:
             _cycle(report, case, shapes(), count, rounds)
+        _norms(report, case, shapes(), rounds)
 
 
 def parts(
@@ -83,6 +87,20 @@ def parts(
         bandwidth = replica.numel * bytes_per_element / min(timings[system])
         report.add(case, system, f"{name}_bandwidth", bandwidth / 1e9, "GB/s")
         report.add(case, system, f"{name}_share_of_triad", 100 * bandwidth / yardstick, "%")
+
+
+def _norms(report: Report, case: str, shapes: Sequence[tuple[int, ...]], rounds: int) -> None:
+    """A pass for the norm: ours, ours whose bits depend on no cut at all, torch's."""
+    grads = [p.grad for p in Replica(shapes, report.device).params]
+    systems: dict[str, System] = {
+        "gradkern": lambda: gk.get_total_norm(grads),
+        "gradkern any_cut": lambda: gk.get_total_norm(grads, any_cut=True),
+        "torch": lambda: nn.utils.get_total_norm(grads),
+    }
+    timings = interleave(systems, report.device, rounds=rounds)
+    report.add_times(case, "norm", timings, systems)
+    report.add_ratio(case, "norm_any_cut_cost", timings, "gradkern any_cut", "gradkern")
+    report.add_ratio(case, "norm_speedup", timings, "torch", "gradkern")
 
 
 def _cycle(report: Report, case: str, shapes: Sequence[tuple[int, ...]], count: int, rounds: int) -> None:
