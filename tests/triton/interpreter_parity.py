@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Sequence
 
 import torch
 from triton.runtime import interpreter
@@ -22,15 +23,18 @@ _moved = 0
 
 
 def _shuffle_programs() -> None:
-    """GridExecutor walks its grid with range(), looked up in its module at each launch."""
+    """GridExecutor walks its grid with range(), looked up in its module at each launch; so do loops inside kernels."""
     in_order = range
+    grid_walk = interpreter.GridExecutor.__call__.__code__
 
-    def shuffled(*bounds: int) -> list[int]:
+    def shuffled(*bounds: int) -> Sequence[int]:
         global _moved
-        programs = list(in_order(*bounds))
-        _ORDER.shuffle(programs)
-        _moved += programs != list(in_order(*bounds))
-        return programs
+        programs = in_order(*bounds)
+        if sys._getframe(1).f_code is not grid_walk:
+            return programs
+        order = _ORDER.sample(programs, len(programs))
+        _moved += order != list(programs)
+        return order
 
     interpreter.range = shuffled
 
