@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,13 +34,30 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+# A page is a process of its own, as for whoever tries it: a plan counts every tensor alive, also those of other tests.
+RUNNER = """
+import json, sys, warnings
+import gradkern
+warnings.simplefilter("error")
+page, blocks = sys.argv[1], json.load(sys.stdin)
+session = {"__name__": "__main__"}
+for line, source in blocks:
+    # Blank lines put the block at its own line, so that a traceback points into the page.
+    exec(compile("\\n" * line + source, page, "exec"), session)
+"""
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    session: dict[str, object] = {"__name__": "__main__"}
-    for line, source in blocks(page, "python"):
-        # Blank lines put the block at its own line, so that a traceback points into the page.
-        exec(compile("\n" * line + source, str(page), "exec"), session)
+def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, str(page)],
+        input=json.dumps(blocks(page, "python")),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_make_targets_in_pages_exist() -> None:
