@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import torch
 
@@ -12,6 +13,9 @@ from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
 from gradkern.ops.step_scalars import reference as scalar_layout
 
 __all__ = ["clip_grad_norm_", "get_total_norm", "norm_of_order"]
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_dtype, _device, _layout = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
 
 
 def get_total_norm(
@@ -108,11 +112,20 @@ def clip_grad_norm_(
 
 def _ours(tensors: list[torch.Tensor]) -> bool:
     """Whether the norm is formed here: plain strided tensors of the dtypes that kernels store, on one device."""
-    return bool(tensors) and all(_is_plain(t) and t.device == tensors[0].device for t in tensors)
+    if torch.compiler.is_compiling():
+        return bool(tensors) and all(_is_plain(t) and t.device == tensors[0].device for t in tensors)
+    # By way of map(), which is not traced: looking at thousands of tensors costs more than their norm.
+    return (
+        bool(tensors)
+        and set(map(type, tensors)) <= _PLAIN
+        and set(map(_layout, tensors)) == {torch.strided}
+        and set(map(_dtype, tensors)) <= DTYPE_CODES.keys()
+        and len(set(map(_device, tensors))) == 1
+    )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    plain = type(tensor) in _PLAIN and tensor.layout == torch.strided
     return plain and tensor.dtype in DTYPE_CODES
 
 
@@ -133,7 +146,8 @@ def _norm_and_multiplier(
     tensors: list[torch.Tensor], order: float, max_norm: float, any_cut: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm and the coefficient that clips it, both 0-dim fp32."""
-    tensors = [t.detach() for t in tensors]
+    if any(t.requires_grad for t in tensors):
+        tensors = [t.detach() for t in tensors]
     if order == 2.0:
         scalars = _scalars([_l2_partials(same, any_cut) for same in _by_dtype(tensors)], max_norm)
         return scalars[scalar_layout.NORM].float(), scalars[scalar_layout.GRAD_MULTIPLIER].float()
@@ -154,7 +168,9 @@ def _norm_and_multiplier(
 
 def _by_dtype(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Lists of one dtype, of tensors that kernels can read; what has gaps or overlaps is copied."""
-    readable = [t if kernel_can_read(t) else t.contiguous() for t in tensors]
+    readable = tensors
+    if not all(t.is_contiguous() for t in tensors):
+        readable = [t if kernel_can_read(t) else t.contiguous() for t in tensors]
     return [same for dtype in DTYPE_CODES if (same := [t for t in readable if t.dtype == dtype])]
 
 
