@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from .harness import Report
+from .systems import demo_module
 
 __all__ = ["CASES", "Size", "paired_difference", "run"]
-
-_EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 SEEDS = 5
 # Quantile 0.975 of Student's t with SEEDS - 1 degrees of freedom.
@@ -75,16 +72,11 @@ def run(report: Report, rounds: int) -> None:
 
 def _final_loss(size: Size, seed: int, state: str, device: torch.device) -> float:
     """Mean held-out loss after training from a seed, in nats per byte."""
-    if str(_EXAMPLES) not in sys.path:
-        sys.path.append(str(_EXAMPLES))
-    from demo.corpus import Corpus
-    from demo.model import build_model, mean_loss
-    from demo.training import Loop
-
-    corpus = Corpus(size.length)
+    models = demo_module("model")
+    corpus = demo_module("corpus").Corpus(size.length)
     order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
-    model = build_model(layers=size.layers, width=size.width, length=size.length, seed=seed).to(device)
-    loop = Loop.start(model, corpus, order, state=state)
+    model = models.build_model(layers=size.layers, width=size.width, length=size.length, seed=seed).to(device)
+    loop = demo_module("training").Loop.start(model, corpus, order, state=state)
     for step in range(size.steps):
         loop.step(step, None)
-    return mean_loss(model, corpus.held_out_rows(size.held_out_rows).to(device))
+    return float(models.mean_loss(model, corpus.held_out_rows(size.held_out_rows).to(device)))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +15,10 @@ import gradkern as gk
 
 from . import peers
 
-__all__ = ["Replica", "clip_step_systems"]
+__all__ = ["Replica", "clip_step_systems", "demo_module", "torch_clip_step", "torch_trick_step"]
 
 MAX_NORM = 1.0
+_EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 class Replica:
@@ -44,26 +49,23 @@ def clip_step_systems(shapes: Sequence[tuple[int, ...]], device: torch.device) -
     replica = Replica(shapes, device)
     params = replica.params
     opt = gk.AdamW(params, lr=1e-4, max_norm=MAX_NORM)
-    opt_trick = torch.optim.AdamW(params, lr=1e-4, fused=True)
-
-    def torch_trick() -> None:
-        norm = nn.utils.get_total_norm([p.grad for p in params])
-        opt_trick.grad_scale = torch.clamp((norm + 1e-6) / MAX_NORM, min=1.0)
-        opt_trick.found_inf = torch.zeros((), device=device)
-        opt_trick.step()
-
     systems: dict[str, Callable[[], object]] = {
         "gradkern": opt.step,
-        "torch clip + fused": _clip_step(params, lambda params, lr: torch.optim.AdamW(params, lr=lr, fused=True)),
-        "torch grad_scale + fused": torch_trick,
+        "torch clip + fused": torch_clip_step(params),
+        "torch grad_scale + fused": torch_trick_step(params),
     }
     clipped_peers = {"DeepSpeedCPUAdam": peers.FP32["DeepSpeedCPUAdam"]}
     for name, make in peers.usable(clipped_peers, device).items():
-        systems[f"torch clip + {name}"] = _clip_step(params, make)
+        systems[f"torch clip + {name}"] = torch_clip_step(params, make)
     return systems
 
 
-def _clip_step(params: list[nn.Parameter], make: peers.Maker) -> Callable[[], object]:
+def _fused(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=lr, fused=True)
+
+
+def torch_clip_step(params: list[nn.Parameter], make: peers.Maker = _fused) -> Callable[[], object]:
+    """Torch's clipping, then the step of an optimizer: torch's fused AdamW by default."""
     opt = make(params, 1e-4)
 
     def clip_step() -> None:
@@ -71,3 +73,24 @@ def _clip_step(params: list[nn.Parameter], make: peers.Maker) -> Callable[[], ob
         opt.step()
 
     return clip_step
+
+
+def torch_trick_step(params: list[nn.Parameter]) -> Callable[[], object]:
+    """Torch's norm, its coefficient handed to torch's fused AdamW as the scale that ``GradScaler`` would."""
+    opt = _fused(params, 1e-4)
+    none_found = torch.zeros((), device=params[0].device)
+
+    def trick_step() -> None:
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        opt.grad_scale = torch.clamp((norm + 1e-6) / MAX_NORM, min=1.0)  # type: ignore[attr-defined]
+        opt.found_inf = none_found  # type: ignore[attr-defined]
+        opt.step()
+
+    return trick_step
+
+
+def demo_module(name: str) -> Any:
+    """A module of ``examples/demo``."""
+    if str(_EXAMPLES) not in sys.path:
+        sys.path.append(str(_EXAMPLES))
+    return importlib.import_module(f"demo.{name}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,11 +11,9 @@ from torch import nn
 import gradkern as gk
 
 from .harness import Report, interleave
-from .systems import MAX_NORM
+from .systems import MAX_NORM, demo_module, torch_clip_step, torch_trick_step
 
 __all__ = ["CASES", "Training", "run"]
-
-_EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @dataclass(frozen=True)
@@ -72,13 +68,9 @@ def gpt2_124m(device: torch.device) -> Training:
 
 def demo(device: torch.device) -> Training:
     """The model of ``make demo``, with its 4 micro-batches."""
-    if str(_EXAMPLES) not in sys.path:
-        sys.path.append(str(_EXAMPLES))
-    from demo.model import build_model
-    from demo.training import ACCUMULATE, ROWS_PER_MICRO_BATCH
-
-    model = build_model(layers=8, width=192, length=256, seed=0).to(device)
-    return _language_model(model, ROWS_PER_MICRO_BATCH, 256, 256, ACCUMULATE)
+    model = demo_module("model").build_model(layers=8, width=192, length=256, seed=0).to(device)
+    training = demo_module("training")
+    return _language_model(model, training.ROWS_PER_MICRO_BATCH, 256, 256, training.ACCUMULATE)
 
 
 CASES: dict[str, Callable[[torch.device], Training]] = {
@@ -91,47 +83,32 @@ CASES: dict[str, Callable[[torch.device], Training]] = {
 def run(report: Report, rounds: int) -> None:
     """Time every case."""
     for case, make in CASES.items():
-        systems = _systems(make(report.device), report.device)
+        systems = _systems(make(report.device))
         timings = interleave(systems, report.device, rounds=rounds)
         report.add_times(case, "train_step", timings, systems)
         best = min(list(systems)[1:], key=lambda other: min(timings[other]))
         report.add_ratio(case, "train_step_speedup", timings, best, "gradkern")
 
 
-def _systems(training: Training, device: torch.device) -> dict[str, Callable[[], object]]:
+def _systems(training: Training) -> dict[str, Callable[[], object]]:
     params = list(training.model.parameters())
     ours = gk.AdamW(params, lr=1e-4, max_norm=MAX_NORM)
     ours.detach()  # in the turns of others, backward is autograd's own
-    fused = torch.optim.AdamW(params, lr=1e-4, fused=True)
-    trick = torch.optim.AdamW(params, lr=1e-4, fused=True)
 
-    def backward() -> None:
+    def whole(update: Callable[[], object]) -> None:
         for batch in training.micro_batches:
             (training.loss(batch) / len(training.micro_batches)).backward()
+        update()
+        ours.zero_grad()
 
     def gradkern() -> None:
         ours.attach()
-        backward()
-        ours.step()
-        ours.zero_grad()
+        whole(ours.step)
         ours.detach()
 
-    def torch_clip_fused() -> None:
-        backward()
-        nn.utils.clip_grad_norm_(params, MAX_NORM)
-        fused.step()
-        fused.zero_grad()
-
-    def torch_trick() -> None:
-        backward()
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        trick.grad_scale = torch.clamp((norm + 1e-6) / MAX_NORM, min=1.0)  # type: ignore[attr-defined]
-        trick.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
-        trick.step()
-        trick.zero_grad()
-
+    clip_fused, trick = torch_clip_step(params), torch_trick_step(params)
     return {
         "gradkern": gradkern,
-        "torch clip + fused": torch_clip_fused,
-        "torch grad_scale + fused": torch_trick,
+        "torch clip + fused": lambda: whole(clip_fused),
+        "torch grad_scale + fused": lambda: whole(trick),
     }

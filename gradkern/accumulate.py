@@ -177,7 +177,9 @@ class GradAccumulator:
         for dtype in dict.fromkeys(given_dtypes):
             for overwrite in (True, False):
                 mask = [d == dtype and f == overwrite for d, f in zip(given_dtypes, fresh, strict=True)]
-                self._fold_list(list(compress(params, mask)), list(compress(given, mask)), dtype, overwrite=overwrite)
+                some = list(compress(params, mask))
+                if some:
+                    self._fold_list(some, list(compress(given, mask)), None if overwrite else _wide_grads(some))
 
     def norm(self) -> torch.Tensor:
         """L2 norm of the accumulated gradients, 0-dim fp32; free where they were folded. Does not synchronise.
@@ -256,11 +258,7 @@ class GradAccumulator:
         if not fresh and (True in map(is_, shown, repeat(None)) or set(map(_dtype, shown)) != {torch.float32}):
             return False
         try:
-            if fresh:
-                self._fold_list(self._params, grads, *dtypes, overwrite=True)
-            else:
-                cache = self._fold_caches.setdefault((*dtypes, False), AddressTable())
-                fold_list_(cast("Sequence[torch.Tensor]", shown), grads, overwrite=False, cache=cache)
+            self._fold_list(self._params, grads, None if fresh else cast("Sequence[torch.Tensor]", shown))
         except (TypeError, ValueError):
             self._check_given(self._params, grads)
             raise
@@ -286,18 +284,16 @@ class GradAccumulator:
                 )
 
     def _fold_list(
-        self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], dtype: torch.dtype, *, overwrite: bool
+        self,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        main_grads: Sequence[torch.Tensor] | None,
     ) -> None:
-        if not params:
-            return
-        if overwrite:
+        """Add gradients of one dtype to ``main_grads``; None: set fresh ones and show them."""
+        overwrite = main_grads is None
+        if main_grads is None:
             main_grads = self._fold.fresh_main_grads(params)
-        else:
-            for param in params:
-                if param.grad is not None and param.grad.dtype != torch.float32:
-                    param.grad = param.grad.float()  # as cast_grads_() or autograd left it
-            main_grads = cast("list[torch.Tensor]", list(map(_grad, params)))
-        cache = self._fold_caches.setdefault((dtype, overwrite), AddressTable())
+        cache = self._fold_caches.setdefault((grads[0].dtype, overwrite), AddressTable())
         fold_list_(main_grads, grads, overwrite=overwrite, cache=cache)
         if overwrite:
             for param, main_grad in zip(params, main_grads, strict=True):
@@ -324,3 +320,11 @@ class GradAccumulator:
         scalars = functional.new_scalars(self._params[0].device)
         functional.step_scalars_(scalars, [], partials, max_norm=max_norm)
         return scalars
+
+
+def _wide_grads(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients shown, widened where ``cast_grads_()`` or autograd left them narrow."""
+    for param in params:
+        if param.grad is not None and param.grad.dtype != torch.float32:
+            param.grad = param.grad.float()
+    return cast("list[torch.Tensor]", list(map(_grad, params)))

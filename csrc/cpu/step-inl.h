@@ -3,12 +3,10 @@
 
 constexpr int64_t kBlock = 512;
 
-// The rule and the pointers are copied: a store through a float pointer might change them where they were, for all that
-// the compiler knows, and it would load them again for every vector.
+// The rule comes by value and the pointers are copied: a store through a float pointer might change them where they
+// were, for all that the compiler knows, and it would load them again for every vector.
 template <class Rule>
-inline void rule_block(const Rule& shared_rule, float* param, const float* grad, float* const* shared_states,
-                       int64_t padded) {
-  const Rule rule = shared_rule;
+inline void rule_block(const Rule rule, float* param, const float* grad, float* const* shared_states, int64_t padded) {
   float* states[Rule::kStates + 1];
   for (int k = 0; k < Rule::kStates; ++k) {
     states[k] = shared_states[k];
@@ -190,11 +188,7 @@ struct Blocks8 {
   // The rule on 64 elements, states left in values[now]; with kPrevious, the codes of values[1 - now] besides.
   template <bool kPrevious>
   GRADKERN_INLINE void run(const Rule& rule, uint32_t key, int now, float* param, const float* grad,
-                           uint8_t* const* codes, U32* shared_largest) {
-    U32 largest[Rule::kStates + 1];
-    for (int k = 0; k < Rule::kStates; ++k) {
-      largest[k] = U32::all(0);
-    }
+                           uint8_t* const* codes, U32* largest) {
     for (int64_t j = 0; j < kStateBlock; j += 4 * F32::kLanes) {
       for (int64_t i = j; i < j + 4 * F32::kLanes; i += F32::kLanes) {
         prefetch(param + i);
@@ -213,9 +207,6 @@ struct Blocks8 {
       if (kPrevious) {
         encode<true>(key, 1 - now, j);
       }
-    }
-    for (int k = 0; k < Rule::kStates; ++k) {
-      shared_largest[k] = largest[k];
     }
   }
 
@@ -244,9 +235,8 @@ struct Blocks8 {
 
 // As rule_block, for states in 8 bits.
 template <class Rule>
-inline void rule_block8(const Rule& shared_rule, const StepChunk& chunk, int64_t first, int64_t size, float* param,
+inline void rule_block8(const Rule rule, const StepChunk& chunk, int64_t first, int64_t size, float* param,
                         const float* grad, Scratch& scratch) {
-  const Rule rule = shared_rule;
   Blocks8<Rule> blocks;
   bool pending = false;
   int now = 0;

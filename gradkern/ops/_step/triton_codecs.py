@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gradkern.ops._triton.kernels import load_f32, store_f32
+from gradkern.ops._triton.kernels import load_f32, store_f32, typed_pointer
 
 __all__ = [
     "block_exponents",
@@ -38,42 +38,28 @@ _STATE_BLOCK = tl.constexpr(64)
 @triton.jit
 def param_pointer(address, CODEC: tl.constexpr, ALIGNED: tl.constexpr):
     """bf16 is handled as its bits."""
-    if CODEC == _FLOAT32:
-        pointer = address.to(tl.pointer_type(tl.float32))
-    elif (CODEC == _FLOAT16) | (CODEC == _FLOAT16_MASTER32):
-        pointer = address.to(tl.pointer_type(tl.float16))
-    else:
-        pointer = address.to(tl.pointer_type(tl.int16))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    return typed_pointer(address, _FLOAT16 if CODEC == _FLOAT16_MASTER32 else CODEC, ALIGNED)
 
 
 @triton.jit
 def remainder_pointer(address, CODEC: tl.constexpr, ALIGNED: tl.constexpr):
     """Of what the parameter's dtype has no room for."""
-    if CODEC == _SPLIT16:
-        pointer = address.to(tl.pointer_type(tl.int16))
-    elif CODEC == _SPLIT8:
-        pointer = address.to(tl.pointer_type(tl.int8))
+    if CODEC == _SPLIT8:
+        pointer = _byte_pointer(address, tl.int8, ALIGNED)
     else:
-        pointer = address.to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        pointer = typed_pointer(address, _BFLOAT16 if CODEC == _SPLIT16 else _FLOAT32, ALIGNED)
     return pointer
 
 
 @triton.jit
 def state_pointer(address, CODEC: tl.constexpr, ALIGNED: tl.constexpr):
     """Of optimizer state."""
-    if CODEC == _FLOAT32:
-        pointer = address.to(tl.pointer_type(tl.float32))
-    elif CODEC == _FLOAT16:
-        pointer = address.to(tl.pointer_type(tl.float16))
-    elif CODEC == _BLOCK8:
-        pointer = address.to(tl.pointer_type(tl.uint8))
-    else:
-        pointer = address.to(tl.pointer_type(tl.int16))
+    return _byte_pointer(address, tl.uint8, ALIGNED) if CODEC == _BLOCK8 else typed_pointer(address, CODEC, ALIGNED)
+
+
+@triton.jit
+def _byte_pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer

@@ -20,7 +20,7 @@ FLOAT16 = tl.constexpr(2)
 
 @triton.jit
 def typed_pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer to elements at an address read from the table; bf16 is handled as its bits."""
+    """A pointer to elements at an address read from the table; all but fp32 and fp16 are handled as 16 bits."""
     if DTYPE == FLOAT32:
         pointer = address.to(tl.pointer_type(tl.float32))
     elif DTYPE == FLOAT16:
