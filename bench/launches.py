@@ -26,12 +26,15 @@ _OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimize
     "SGD": lambda params: gk.SGD(params, lr=0.1, momentum=0.9, max_norm=1.0),
     "Lion": lambda params: gk.Lion(params, max_norm=1.0),
     "AdamW int8": lambda params: gk.AdamW(params, max_norm=1.0, state="int8"),
+    "AdamW master fp32": lambda params: gk.AdamW(params, max_norm=1.0, master="fp32"),
+    "AdamW master split16": lambda params: gk.AdamW(params, max_norm=1.0, master="split16"),
+    "AdamW master split8, int8": lambda params: gk.AdamW(params, max_norm=1.0, master="split8", state="int8"),
     "AdamW skip_nonfinite": lambda params: gk.AdamW(params, max_norm=1.0, skip_nonfinite=True),
 }
 
 
-def _params(count: int) -> list[torch.nn.Parameter]:
-    params = [torch.nn.Parameter(torch.full((3,), 0.5)) for _ in range(count)]
+def _params(count: int, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter(torch.full((3,), 0.5, dtype=dtype)) for _ in range(count)]
     for p in params:
         p.grad = torch.ones_like(p)
     return params
@@ -43,7 +46,7 @@ def main(tensors: Sequence[int] = TENSORS) -> None:
     with gk.use_backend("triton"):
         for name, make in _OPTIMIZERS.items():
             for number in tensors if name == "AdamW" else (_FEW,):
-                optimizer: Any = make(_params(number))
+                optimizer: Any = make(_params(number, torch.bfloat16 if "master" in name else torch.float32))
                 with count_launches() as count:
                     optimizer.step()
                 counts.append((f"{name} clip + step, {number} tensors", count.launches))

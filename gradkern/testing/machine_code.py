@@ -30,6 +30,14 @@ LEAST_OCCUPANCY = 0.5
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _FORBIDDEN = re.compile(r"\b(?:fma[.\w]*|\w+\.approx[.\w]*|\w+\.full[.\w]*|\w+\.ftz[.\w]*)")
+# Of an AMD kernel. Divisions, roots and fp64 made an integer become sequences with fused steps of their own, exact as
+# a whole; where the LLVM code has none of them, the machine code must have no fused step at all.
+_FORBIDDEN_LLVM = re.compile(
+    r"\bllvm\.(?:fma|fmuladd|amdgcn\.(?:rcp|rsq|sqrt|fma))\b|\b(?:contract|fast|afn|arcp|reassoc)(?= )"
+)
+_FUSED = re.compile(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f\w+")
+_FUSES_RIGHTLY = re.compile(r"\bfdiv\b|\bllvm\.sqrt\b|\bfpto[us]i double\b")
+_IEEE_DENORMALS = "3"
 _BYTES = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i16": 2, "i8": 1}
 
 
@@ -70,7 +78,7 @@ class MachineCode:
         hot_bytes: Bytes of the hot loads and stores in the code, each counted once: those of one tile of a loop.
         hot_access_bits: Width of the narrowest hot load or store; 0 where the kernel has none.
         occupancy: Share of a processor's threads that can be resident, by registers, shared memory and programs.
-        forbidden: Instructions in the PTX that break the arithmetic contract.
+        forbidden: Instructions in the PTX, or the LLVM code of an AMD kernel, that break the arithmetic contract.
         arithmetic: Whether floating-point arithmetic, or a maximum of bits, was found at all.
     """
 
@@ -118,7 +126,7 @@ def problems(code: MachineCode, variant: Variant) -> Iterator[str]:
     if code.spill_bytes or code.local_bytes:
         yield f"spills {code.spill_bytes} bytes, {code.local_bytes} bytes of local memory"
     if code.forbidden:
-        yield f"PTX has {sorted(code.forbidden)}"
+        yield f"has {sorted(code.forbidden)}"
     if variant.hot_bytes and not code.arithmetic:
         yield "no arithmetic: the reader is looking at the wrong thing"
     if variant.hot_bytes and code.hot_access_bits < variant.hot_bits:
@@ -238,6 +246,16 @@ def _read_amd(compiled: Any, threads: int, name: str) -> MachineCode:
         hot_bytes=hot,
         hot_access_bits=bits if hot else 0,
         occupancy=_occupancy(name, registers, threads, compiled.metadata.shared),
-        forbidden=(),  # a division or root is a sequence with fused steps there, correctly rounded as a whole
+        forbidden=_forbidden_amd(compiled.asm["llir"], code),
         arithmetic=re.search(r"\bv_(?:(?:pk_)?(?:add|mul)_f(?:32|64)|max_[iu]32)", code) is not None,
     )
+
+
+def _forbidden_amd(llvm: str, code: str) -> tuple[str, ...]:
+    found = set(_FORBIDDEN_LLVM.findall(llvm))
+    if not _FUSES_RIGHTLY.search(llvm):
+        found.update(_FUSED.findall(code))
+    modes = re.findall(r"\.amdhsa_float_denorm_mode_\w+ (\d)", code)
+    if not modes or set(modes) != {_IEEE_DENORMALS}:
+        found.add(f"denormal modes {modes}")
+    return tuple(sorted(found))

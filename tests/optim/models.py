@@ -1,9 +1,23 @@
-"""Small models whose parameters cover the shapes optimizers meet."""
+"""Small models whose parameters cover the shapes optimizers meet, and every optimizer of ours."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+import gradkern as gk
+
+
+def _maker(optimizer, **defaults):
+    return lambda params, **options: optimizer(params, **{**defaults, **options})
+
+
+OPTIMIZERS = {
+    "AdamW": _maker(gk.AdamW, lr=1e-2),
+    "Adam": _maker(gk.Adam, lr=1e-2, weight_decay=0.1),
+    "SGD": _maker(gk.SGD, lr=1e-2, momentum=0.9),
+    "Lion": _maker(gk.Lion, lr=1e-3),
+}
 
 
 def mlp(seed: int = 0) -> nn.Module:

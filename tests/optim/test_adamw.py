@@ -12,8 +12,7 @@ from torch import nn
 
 import gradkern as gk
 from gradkern.testing import same_bits
-
-from .models import loss_of, mlp
+from tests.optim.models import loss_of, mlp
 
 # Both round every operation to fp32, in another order: an update of size lr differs by a few ulps relative to lr.
 LR = 1e-2

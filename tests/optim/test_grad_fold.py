@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradkern as gk
 from gradkern.testing import same_bits
-
-from .models import loss_of, micro_batch, mlp
+from tests.optim.models import loss_of, micro_batch, mlp
 
 
 def folded(model):

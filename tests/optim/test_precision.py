@@ -13,18 +13,13 @@ from torch import nn
 import gradkern as gk
 from bench.state8 import held_bytes
 from gradkern.testing import same_bits
+from tests.optim.models import OPTIMIZERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASTERS = (None, "fp32", "split16", "split8")
 STATES = (None, "fp32", "bf16", "int8")
 # Sizes around the block of 64 and the chunk of 4,096 elements, none of them a multiple of a vector.
 SHAPES = [(3, 23), (5000,), (1,)]
-OPTIMIZERS = {
-    "AdamW": lambda params, **options: gk.AdamW(params, lr=1e-2, weight_decay=0.1, **options),
-    "Adam": lambda params, **options: gk.Adam(params, lr=1e-2, weight_decay=0.1, **options),
-    "SGD": lambda params, **options: gk.SGD(params, lr=1e-1, momentum=0.9, weight_decay=0.1, **options),
-    "Lion": lambda params, **options: gk.Lion(params, lr=1e-3, weight_decay=0.1, **options),
-}
 
 
 def supported(dtype, master):
@@ -112,7 +107,7 @@ def test_split16_is_an_fp32_master_over_a_thousand_steps(name):
     for master in ("fp32", "split16"):
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(300).bfloat16()), nn.Parameter((torch.randn(70) * 1e-38).bfloat16())]
-        runs.append((params, OPTIMIZERS[name](params, master=master, max_norm=1.0)))
+        runs.append((params, OPTIMIZERS[name](params, weight_decay=0.1, master=master, max_norm=1.0)))
     generator = torch.Generator().manual_seed(1)
     for step in range(1000):
         grads = [torch.randn(n, generator=generator).bfloat16() * scale for n, scale in ((300, 1.0), (70, 1e-3))]
@@ -135,7 +130,7 @@ def test_with_a_master_small_updates_add_up(name):
     ends = {}
     for master in MASTERS:
         p = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-        opt = OPTIMIZERS[name]([p], master=master)
+        opt = OPTIMIZERS[name]([p], weight_decay=0.1, master=master)
         opt.param_groups[0]["weight_decay"] = 0.0
         opt.param_groups[0]["lr"] = 2e-5
         for _ in range(1000):

@@ -14,13 +14,8 @@ from two_processes import in_two_processes
 import gradkern as gk
 from gradkern.ops._step.codecs import StateCodec, decode_state
 from gradkern.testing import same_bits
+from tests.optim.models import OPTIMIZERS
 
-OPTIMIZERS = {
-    "AdamW": lambda params, **options: gk.AdamW(params, lr=1e-2, **options),
-    "Adam": lambda params, **options: gk.Adam(params, lr=1e-2, weight_decay=0.1, **options),
-    "SGD": lambda params, **options: gk.SGD(params, lr=1e-1, momentum=0.9, **options),
-    "Lion": lambda params, **options: gk.Lion(params, lr=1e-3, **options),
-}
 RANDOM = {
     "parameter": {"stochastic_rounding": True},
     "bf16 state": {"state": "bf16"},

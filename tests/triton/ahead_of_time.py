@@ -1,8 +1,8 @@
 """Run in its own process: compile every kernel variant for every target and read the machine code.
 
 Asserted: every hot load and store moves 128 bits, or as many as a thread's share of a narrower stream has; nothing
-spills, no local memory, at least half of a processor's threads can be resident, and the PTX of the rules has no fused
-multiply-add, approximation or flush to zero.
+spills, no local memory, at least half of a processor's threads can be resident, and the PTX of the rules, or their LLVM
+code for AMD, has no fused multiply-add, approximation or flush to zero.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from gradkern.ops._values import SIZES, edge_values, random_values
 
 __all__ = ["step_samples"]
 
-_UNIT = 37
+# Elements of a tensor: elements of a unit, which end within chunks, beyond one, beyond two, beyond the tensor.
+_UNITS = {63: 37, 0: 5, 4097: 1, 9001: 37, 9002: 5000, 13_000: 9001, 511: 100_000}
 
 
 def step_samples(rule: StepRule) -> Iterator[Sample]:
@@ -37,9 +38,10 @@ def step_samples(rule: StepRule) -> Iterator[Sample]:
             yield _sample(rule, f"state {state.name} {edges=}", state=state, variant=plain, edges=edges)
     small = (ParamCodec.BFLOAT16_SPLIT8, torch.bfloat16, StateCodec.BLOCK8)
     yield _sample(rule, "smallest", *small, variant=plain)
-    for transform in (GradTransform.LIMIT, GradTransform.UNITS):
+    for transform, sizes in ((GradTransform.LIMIT, SIZES), (GradTransform.UNITS, tuple(_UNITS))):
         for edges in (False, True):
-            yield _sample(rule, f"{transform.name} {edges=}", variant=plain, transform=transform, edges=edges)
+            name = f"{transform.name} {edges=}"
+            yield _sample(rule, name, variant=plain, transform=transform, edges=edges, sizes=sizes)
     yield _sample(rule, "descends uphill", variant=plain, hyper=[*rule.sample_hyper[:-1], -1.0])
     yield _sample(rule, "skipped", *small, variant=plain, skip=1.0)
     yield _sample(rule, "zeros", variant=plain, hyper=[rule.sample_hyper[0], *[0.0] * (len(rule.hyper) - 2), 1.0])
@@ -86,8 +88,13 @@ def _sample(
         if there and state == StateCodec.BLOCK8:
             lists[-1] = [torch.arange(100, 100 + state_blocks(n)).clamp(max=140).to(torch.uint8) for n in sizes]
     lists.append([edge_values(n, grad) if edges else random_values(n, grad, seed=n) for n in sizes])
-    units = [random_values(-(-n // _UNIT), torch.float32, seed=n + 7) for n in sizes]
-    lists.append(units if transform == GradTransform.UNITS else [])
+    unit_sizes = [_UNITS[n] for n in sizes] if transform == GradTransform.UNITS else []
+    lists.append(
+        [
+            random_values(-(-n // unit), torch.float32, seed=n + 7)
+            for n, unit in zip(sizes, unit_sizes, strict=bool(unit_sizes))
+        ]
+    )
     lists.append([torch.tensor(float(1 + 37 * i)) for i in range(len(sizes))])
     scalars = torch.tensor([3.0, float(torch.tensor(0.3)), skip, 0.3, 0.0, 0.7, 0.0, 0.0], dtype=torch.float64)
     numbers = torch.tensor([*(rule.sample_hyper if hyper is None else hyper), 2.0**40 + 5.0], dtype=torch.float64)
@@ -100,6 +107,6 @@ def _sample(
             "state_codec": int(state),
             "transform": int(transform),
             "ids": list(range(3, 3 + len(sizes))),
-            "unit_sizes": [_UNIT] * len(sizes) if transform == GradTransform.UNITS else [],
+            "unit_sizes": unit_sizes,
         },
     )

@@ -39,7 +39,7 @@ _BLOCK8 = tl.constexpr(8)
 
 @triton.jit
 def _step_block(
-    param_ptr, remainder_ptr, grad_ptr, units_ptr, unit_size,
+    param_ptr, remainder_ptr, grad_ptr, units_ptr, unit_size, unit_left,
     state0_ptr, scale0_ptr, state1_ptr, scale1_ptr, state2_ptr, scale2_ptr,
     start, size, chunk_offset, limit, key, c0, c1, c2, c3, c4, c5, c6, c7,
     RULE: tl.constexpr, VARIANT: tl.constexpr, STATES: tl.constexpr, SIGNED: tl.constexpr,
@@ -52,7 +52,7 @@ def _step_block(
         g = tl.maximum(g, -limit, propagate_nan=tl.PropagateNan.ALL)
         g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
     if TRANSFORM == _UNITS:
-        unit = (chunk_offset + offsets) // unit_size
+        unit = (offsets + unit_size - unit_left) // unit_size
         g = g * tl.load(units_ptr + unit, mask=offsets < size, other=0.0)
     s0 = g
     s1 = g
@@ -76,6 +76,23 @@ def _step_block(
     if STATES > 2:
         store_state(state2_ptr, scale2_ptr, start, offsets, s2, size, stirred, high, STATE, SIGNED[2], BLOCK, MASKED)
     store_param(param_ptr, remainder_ptr, offsets, p, size, words, PARAM, MASKED)
+
+
+@triton.jit
+def _units_of_chunk(address, unit_size, offset, TRANSFORM: tl.constexpr):
+    """The chunk's first multiplier, elements of a unit, elements that the first unit has left: 32 bits do in a chunk.
+
+    Lengths beyond a chunk are cut to twice it, so that no element needs a division of 64 bits.
+    """
+    units_ptr = address.to(tl.pointer_type(tl.float32))
+    size = unit_size.to(tl.uint32)
+    left = size
+    if TRANSFORM == _UNITS:
+        first = offset // unit_size
+        units_ptr += first
+        size = tl.minimum(unit_size, 2 * CHUNK).to(tl.uint32)
+        left = tl.minimum((first + 1) * unit_size - offset, size).to(tl.uint32)
+    return units_ptr, size, left
 
 
 @triton.jit
@@ -108,8 +125,7 @@ def _step_kernel(
     param_ptr = param_pointer(tl.load(entry + 2), PARAM, ALIGNED) + offset
     remainder_ptr = remainder_pointer(tl.load(entry + 3), PARAM, ALIGNED) + offset
     grad_ptr = typed_pointer(tl.load(entry + 4), GRAD, ALIGNED) + offset
-    units_ptr = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
-    unit_size = tl.load(entry + 6)
+    units_ptr, unit_size, unit_left = _units_of_chunk(tl.load(entry + 5), tl.load(entry + 6), offset, TRANSFORM)
     step = tl.load(tl.load(entry + 8).to(tl.pointer_type(tl.float32))).to(tl.int32)
     state0_ptr = state_pointer(tl.load(entry + 9), STATE, ALIGNED) + offset
     scale0_ptr = tl.load(entry + 10).to(tl.pointer_type(tl.uint8)) + offset // 64
@@ -125,7 +141,7 @@ def _step_kernel(
     if size >= CHUNK:
         for start in range(0, CHUNK, BLOCK):
             _step_block(
-                param_ptr, remainder_ptr, grad_ptr, units_ptr, unit_size,
+                param_ptr, remainder_ptr, grad_ptr, units_ptr, unit_size, unit_left,
                 state0_ptr, scale0_ptr, state1_ptr, scale1_ptr, state2_ptr, scale2_ptr,
                 start, size, offset, limit, key, c0, c1, c2, c3, c4, c5, c6, c7,
                 RULE, VARIANT, STATES, SIGNED, PARAM, GRAD, STATE, TRANSFORM, RANDOM, BLOCK, False,
@@ -133,7 +149,7 @@ def _step_kernel(
     else:
         for start in range(0, size, BLOCK):
             _step_block(
-                param_ptr, remainder_ptr, grad_ptr, units_ptr, unit_size,
+                param_ptr, remainder_ptr, grad_ptr, units_ptr, unit_size, unit_left,
                 state0_ptr, scale0_ptr, state1_ptr, scale1_ptr, state2_ptr, scale2_ptr,
                 start, size, offset, limit, key, c0, c1, c2, c3, c4, c5, c6, c7,
                 RULE, VARIANT, STATES, SIGNED, PARAM, GRAD, STATE, TRANSFORM, RANDOM, BLOCK, True,
@@ -228,6 +244,7 @@ def step_variants(rule: StepRule, scalars_function: Any, rule_function: Any) -> 
         yield Codecs(ParamCodec.FLOAT16, 2, StateCodec.FLOAT16), plain
         yield Codecs(ParamCodec.BFLOAT16_SPLIT8, 1, StateCodec.BLOCK8), plain
         yield Codecs(ParamCodec.FLOAT32, 0, StateCodec.FLOAT32, GradTransform.LIMIT), plain
+        yield Codecs(ParamCodec.FLOAT32, 0, StateCodec.FLOAT32, GradTransform.UNITS), plain
 
     return [
         Variant(
