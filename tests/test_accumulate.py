@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from two_processes import in_two_processes
 
 import gradkern as gk
-from gradkern.grad_fold import known_partials
+from gradkern.grad_fold import FOLD_MIN_NUMEL, known_partials
 from gradkern.testing import same_bits
 
 
@@ -567,6 +567,22 @@ def test_fp32_under_ddp_equals_one_large_batch(tmp_path):
         assert runs
         for grads in runs:
             assert all(same_bits(g, e) for g, e in zip(grads, expected, strict=True))
+
+
+def reduced_by_hand(rank):
+    big = nn.Parameter(torch.zeros(2 * FOLD_MIN_NUMEL))
+    opt = gk.SGD([big], lr=1.0, max_norm=0.5)
+    for _ in range(2):  # the second is added, and normed, in backward
+        (big * float(rank + 1)).sum().backward()
+    torch.distributed.all_reduce(big.grad)  # bumps no version: what was normed in backward is out of date
+    opt.step()
+    return opt.grad_norm, big.detach()
+
+
+def test_gradients_reduced_by_hand_are_normed_as_they_are(tmp_path):
+    for norm, param in in_two_processes(reduced_by_hand, tmp_path):
+        assert float(norm) == pytest.approx(6.0 * (2 * FOLD_MIN_NUMEL) ** 0.5, rel=1e-6)
+        assert float(param.norm()) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_bf16_under_ddp_refuses_its_reducer_and_averages_in_fp32(tmp_path):

@@ -314,6 +314,29 @@ def test_no_step_reads_on_the_host(optimizer, policy):
     assert int(taken) == 1
 
 
+def test_one_group_that_is_not_finite_skips_the_step_of_all():
+    params = params_of()
+    opt = gk.AdamW([{"params": params[:2]}, {"params": params[2:]}], clip=GroupNorm(0.5), skip_nonfinite=True)
+    give_grads(params, 0)
+    opt.step()
+    before = [p.detach().clone() for p in params]
+    for bad in (0, 4):
+        give_grads(params, 1)
+        params[bad].grad.view(-1)[0] = math.inf
+        opt.step()
+    assert int(opt.skipped_steps) == 2
+    assert all(same_bits(p, b) for p, b in zip(params, before, strict=True))
+    assert all(float(opt.state[p]["step"]) == 1.0 for p in params)
+
+
+def test_agc_takes_a_unit_of_zeros_to_have_length_eps():
+    for eps in (1e-3, 0.5):
+        param = nn.Parameter(torch.zeros(3, 4))
+        param.grad = torch.full((3, 4), 2.0)  # rows of length 4
+        gk.SGD([param], lr=1.0, clip=AGC(0.01, eps=eps)).step()
+        assert torch.allclose(param.detach().norm(dim=1), torch.tensor(0.01 * eps))
+
+
 def test_a_skipped_step_changes_nothing_and_is_counted():
     params = params_of()
     opt = gk.AdamW(params, max_norm=1.0, skip_nonfinite=True)

@@ -107,6 +107,30 @@ def test_peak_is_below_three_tenths(make, dtype):
     assert 0.25 * full < release.peak_grad_bytes <= 0.3 * full
 
 
+def test_peak_counts_the_gradient_that_arrives():
+    param = nn.Parameter(torch.randn(6400))
+    release = gk.GradientRelease(torch.optim.SGD([param], lr=0.1))
+    param.square().sum().backward()
+    assert release.held_grad_bytes == 6400 + state_blocks(6400)
+    assert release.peak_grad_bytes == release.held_grad_bytes + 4 * 6400
+
+
+def test_every_parameter_step_and_seed_rounds_anew():
+    updates = []
+    for seed in (0, 0, 5):
+        params = [nn.Parameter(torch.zeros(640)) for _ in range(2)]
+        release = gk.GradientRelease(torch.optim.SGD(params, lr=1.0), seed=seed)
+        weights = torch.randn(640, generator=torch.Generator().manual_seed(2))
+        for _ in range(2):
+            before = [p.detach().clone() for p in params]
+            sum((p * weights).sum() for p in params).backward()
+            release.step()
+            updates.extend(b - p.detach() for p, b in zip(params, before, strict=True))
+    assert all(map(same_bits, updates[:4], updates[4:8]))  # by nothing but these
+    drawn = [*updates[:4], *updates[8:]]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
 def test_what_is_held_is_all_that_lives():
     model = deep()
     shown = []

@@ -80,6 +80,30 @@ def test_every_policy_steps_as_under_torchs_scaler(clip):
     assert all_same_bits(states, other_states)
 
 
+@pytest.mark.parametrize("clip", CLIPS)
+def test_a_scale_that_is_a_power_of_two_changes_no_bit(clip):
+    scaled, plain = mlp(), mlp()
+    opt = OPTIMIZERS["SGD"](scaled.parameters(), clip=CLIPS[clip]())
+    reference = OPTIMIZERS["SGD"](plain.parameters(), clip=CLIPS[clip]())
+    scaler = gk.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(4):
+        for model in (scaled, plain):  # scaled by hand: backward must not round, or flush, the scaled ones otherwise
+            (loss_of(model, step) * (1000.0 if step == 2 else 1.0)).backward()
+        for p in scaled.parameters():
+            p.grad = p.grad * 2.0**10
+        scaler.scale(torch.zeros(()))
+        scaler.step(opt)
+        scaler.update()
+        reference.step()
+        assert all_same_bits(scaled.parameters(), plain.parameters())
+        assert opt.grad_norm is None or reference.grad_norm is None or same_bits(opt.grad_norm, reference.grad_norm)
+        norms, others = opt.grad_norms, reference.grad_norms
+        assert len(norms) >= len(others)
+        assert all_same_bits((norms[p] for p in scaled.parameters() if others), others.values())
+        opt.zero_grad()
+        reference.zero_grad()
+
+
 @pytest.mark.parametrize("name", ["Adam", "SGD", "Lion"])
 def test_every_optimizer_steps_as_under_torchs_scaler(name):
     runs = []

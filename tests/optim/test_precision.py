@@ -205,8 +205,10 @@ def test_a_change_is_seen_whenever_it_happens(master):
     # One fp32 rounding of the product, one of the difference.
     assert torch.allclose(shadow(params[0], opt.state[params[0]]), expected, rtol=2.0**-23, atol=0.0)
 
-    by_copy(params, opt)
-    for saved in (opt.state_dict(), copy.deepcopy(opt).state_dict()):
+    for save in (opt.state_dict, lambda: copy.deepcopy(opt).state_dict()):
+        opt.step()
+        by_copy(params, opt)
+        saved = save()
         resumed = [nn.Parameter(p.detach().clone()) for p in params]
         other = gk.SGD(resumed, lr=1e-3, master=master)
         other.load_state_dict(saved)

@@ -163,6 +163,22 @@ def test_pickle_deepcopy_and_save_go_on_with_the_same_bits(name):
         assert same_bits(again.grad_norm, opt.grad_norm)
 
 
+def test_a_loaded_state_begins_anew_where_it_says_so():
+    """Whether SGD's buffer has been filled is not in its state: loading an empty one empties it."""
+    params = []
+    for cls in (gk.SGD, torch.optim.SGD):
+        params.append(nn.Parameter(torch.ones(5)))
+        opt = cls(params[-1:], lr=0.1, momentum=0.9, dampening=0.5)
+        fresh = opt.state_dict()
+        for loaded in (False, True):
+            if loaded:
+                opt.load_state_dict(fresh)
+            for grad in (1.0, 2.0):
+                params[-1].grad = torch.full((5,), grad)
+                opt.step()
+    assert torch.allclose(params[0], params[1], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_names_of_parameters_are_saved_and_checked_as_in_torch(name):
     model = mlp()
