@@ -254,11 +254,7 @@ def _alone(holder: Any) -> bool:
         return False
     tensor = holder._main_grad
     # The storage counts the tensor, and the Python object kept here. A tensor moved to another storage is not ours.
-    return bool(
-        torch._C._storage_Use_Count(holder._storage._cdata) == 2
-        and tensor._use_count() == 1
-        and tensor.data_ptr() == holder._address
-    )
+    return bool(torch._C._storage_Use_Count(holder._storage._cdata) == 2 and tensor.data_ptr() == holder._address)
 
 
 def _owner_of(param: torch.Tensor) -> GradFold | None:
@@ -282,7 +278,6 @@ def _same_layout(target: torch.Tensor, grad: torch.Tensor) -> bool:
         and grad.shape == target.shape
         and grad.stride() == target.stride()
         and is_dense(grad)
-        and not target.requires_grad
     )
 
 

@@ -68,6 +68,60 @@ def test_first_micro_batch_overwrites_and_keeps_what_the_user_holds():
     assert model[2].bias.grad.data_ptr() == address, "a buffer that nobody else sees is used again"
 
 
+def test_a_gradient_that_a_graph_has_saved_is_not_overwritten():
+    model = tiny(torch.bfloat16)
+    accumulator = gk.GradAccumulator(model.parameters())
+    loss_of(model, 0).backward()
+    factor = torch.ones((), requires_grad=True)
+    expected = model[0].weight.grad.sum()
+    penalty = (model[0].weight.grad * factor).sum()  # keeps the gradient for its backward
+    accumulator.zero_grad()
+    loss_of(model, 1).backward()
+    penalty.backward()
+    assert torch.allclose(factor.grad, expected)
+
+
+def test_a_gradient_given_other_memory_is_not_used_again():
+    model = tiny(torch.bfloat16)
+    accumulator = gk.GradAccumulator(model.parameters())
+    loss_of(model, 0).backward()
+    old = model[0].weight.grad.detach()
+    pool = torch.frombuffer(bytearray(4 * 60 * 40), dtype=torch.float32)
+    model[0].weight.grad.data = pool.view(60, 40)
+    accumulator.zero_grad()
+    loss_of(model, 1).backward()
+    assert torch.equal(pool, torch.zeros(60 * 40))
+    assert old.any()
+
+
+def test_a_gradient_lent_to_another_parameter_is_not_used_again():
+    model = tiny(torch.bfloat16)
+    accumulator = gk.GradAccumulator(model.parameters())
+    loss_of(model, 0).backward()
+    borrower = nn.Parameter(torch.zeros(60, 40))
+    borrower.grad = model[0].weight.grad
+    expected = borrower.grad.clone()
+    accumulator.zero_grad()
+    loss_of(model, 1).backward()
+    assert same_bits(borrower.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_requires_grad_is_added_to_as_in_torch(dtype):
+    shown = []
+    for ours in (True, False):
+        model = tiny()
+        keep = gk.GradAccumulator(model.parameters()) if ours else None
+        grad = torch.ones(60, 40, dtype=dtype, requires_grad=True)
+        model[0].weight.grad_dtype = None
+        model[0].weight.grad = grad
+        loss_of(model, 1).backward()
+        shown.append((model[0].weight.grad, model[0].weight.grad is grad, model[0].weight.grad.requires_grad))
+        del keep
+    assert same_bits(shown[0][0], shown[1][0])
+    assert shown[0][1:] == shown[1][1:]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_a_torch_optimizer(dtype):
     model, plain = tiny(dtype), tiny(dtype)
@@ -309,6 +363,12 @@ def test_peak_grad_bytes_counts_what_is_there():
         deep_loss(model).backward()
         deep_loss(model).backward()
     assert accumulator.peak_grad_bytes == 9 * one
+
+    once = deep(torch.float32)
+    accumulator = gk.GradAccumulator(once.parameters(), measure=True)
+    deep_loss(once).backward()
+    accumulator.zero_grad()
+    assert accumulator.peak_grad_bytes == 8 * one, "also where nobody looked while they were there"
 
     other = deep(torch.float32)
     greedy = []

@@ -176,6 +176,59 @@ def test_clipping_bumps_the_version():
     assert made[0].grad._version > version
 
 
+def test_a_joint_norm_is_measured_again_where_gradients_have_changed():
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    clip = gk.clip.GlobalNorm(math.inf)
+    opts = [gk.SGD([p], lr=0.1, clip=clip) for p in params]
+
+    def give(*values):
+        for p, value in zip(params, values, strict=True):
+            p.grad = torch.full((4,), value)
+
+    give(3.0, 4.0)
+    opts[0].step()
+    assert float(opts[0].grad_norm) == 10.0
+    params[1].grad = torch.full((4,), 0.0)  # another tensor
+    opts[1].step()
+    assert float(opts[1].grad_norm) == 6.0
+    params[1].grad.fill_(4.0)  # the same, edited
+    opts[1].step()
+    assert float(opts[1].grad_norm) == 10.0
+    opts[0].step()
+    params[1].grad.fill_(0.0)
+    opts[0].step()  # twice in a row: a round of its own
+    assert float(opts[0].grad_norm) == 6.0
+
+
+def test_the_last_of_several_optimizers_clips_by_its_own_norm():
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    clip = gk.clip.GlobalNorm(0.5)
+    first = gk.SGD([params[0]], lr=0.1, clip=clip)
+    second = torch.optim.SGD([params[1]], lr=1.0)
+    clip.attach(second)
+    for p in params:
+        p.grad = torch.full((4,), 3.0)
+    del first
+    second.step()
+    assert float(params[1].detach().norm()) == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, math.inf])
+def test_a_threshold_near_the_epsilon_clips_as_in_torch(order):
+    ours, theirs = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    for p in (ours, theirs):
+        p.grad = torch.full((3,), 2e-6)
+    gk.clip_grad_norm_([ours], 1e-6, order)
+    torch.nn.utils.clip_grad_norm_([theirs], 1e-6, order)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, math.inf])
+def test_norms_of_tensors_that_require_grad_have_no_graph(order):
+    leaf = torch.ones(5, requires_grad=True)
+    assert not gk.get_total_norm([leaf, leaf * 2], order).requires_grad
+
+
 def test_one_global_norm_for_several_optimizers_clips_by_their_joint_norm():
     torch.manual_seed(0)
     ours = [torch.nn.Linear(8, 8), torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)]

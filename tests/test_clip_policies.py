@@ -243,6 +243,23 @@ def test_a_norm_that_is_not_finite_names_the_parameters_before_anything_moves(or
     assert all(float(s["step"]) == 1 for s in opt.state.values())
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("policy", ["ZClip", "AutoClip", "SkipOnSpike"])
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_norm_that_is_not_finite_teaches_nothing(policy, bad, after):
+    params = params_of()
+    opt = gk.SGD(params, lr=0.0, clip=POLICIES[policy]())
+    for seed in range(after):
+        give_grads(params, seed, SCALES[seed % len(SCALES)])
+        opt.step()
+    before = copy.deepcopy(opt.clip.state_dict())
+    params[1].grad[0] = bad
+    opt.step()
+    learnt = opt.clip.state_dict()
+    assert learnt.keys() == before.keys()
+    assert all(same_bits(learnt[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize("policy", ["ZClip", "AutoClip", "SkipOnSpike"])
 def test_a_resumed_run_has_the_bits_of_one_that_went_on(policy, tmp_path):
     def steps(params, opt, seeds):

@@ -91,9 +91,7 @@ class ZClip(_Remembering):
         coefficient = torch.where(clips, limit / norm, 1.0)
         set_clip_(scalars, torch.where(norm.isnan(), norm, coefficient), scale)
         seen = torch.where(clips, limit, norm)
-        # A norm that is not finite teaches nothing.
-        finite = seen.isfinite()
-        seen = torch.where(finite, seen, mean)
+        finite = norm.isfinite()  # one that is not teaches nothing
         # Collecting: Welford's running mean and population variance; then exponential averages.
         weight = torch.where(warm, 1.0 - self.alpha, 1.0 / (count + 1.0))
         difference = seen - mean

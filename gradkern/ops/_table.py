@@ -89,6 +89,8 @@ class AddressTable:
         columns: Mapping[str, Column],
         roles: Roles | None = None,
         moving: Collection[str] | None = None,
+        *,
+        checked: bool = False,
     ) -> torch.Tensor:
         """Bring the table up to date and return it: int64, CPU, shape ``(tensors, 2 + len(columns))``.
 
@@ -99,6 +101,7 @@ class AddressTable:
             roles: What each operand must be; tensors of any kernel dtype laid out as the first where it is not named.
                 A role of None: a column of integers, written as they are.
             moving: The operands that can have changed since the last call; None for all.
+            checked: Only their addresses can have: dtypes, devices, shapes and strides are known to be the same.
 
         Raises:
             ValueError: Lists of unequal length, mixed dtypes or devices in a column, or operands of unequal layout.
@@ -121,6 +124,9 @@ class AddressTable:
                 continue
             tensors = cast("Tensors", column)
             addresses = [] if tensors is None else list(map(_data_ptr, tensors))
+            if checked and moving is not None and self._dtypes[name] is not None and 0 not in addresses:
+                self._move(position, name, addresses)
+                continue
             if addresses != self._addresses[name] or (tensors is not None and self._dtypes[name] is None):
                 self._rebuild(op, position, name, role, tensors, addresses, cast("Sequence[torch.Tensor]", first))
         return self._data
@@ -200,10 +206,14 @@ class AddressTable:
             self._check_layouts(op, name, tensors)
         if role.like_first:
             self._wide.add(name)
-        self._rows[:, 2 + position] = addresses or 0
-        self._addresses[name] = addresses
-        self._device_data = None
-        self._aligned = None
+        self._move(position, name, addresses)
+
+    def _move(self, position: int, name: str, addresses: list[int]) -> None:
+        if addresses != self._addresses[name]:
+            self._rows[:, 2 + position] = addresses or 0
+            self._addresses[name] = addresses
+            self._device_data = None
+            self._aligned = None
 
     def _check_storage(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
         for i, tensor in enumerate(tensors):
@@ -322,6 +332,7 @@ class Operands:
         cache: Table kept from the last call with the same operands; a fresh one when None.
         roles: As in :meth:`AddressTable.refresh`.
         moving: As in :meth:`AddressTable.refresh`.
+        checked: As in :meth:`AddressTable.refresh`.
 
     Attributes:
         table: int64, CPU, up to date.
@@ -341,11 +352,12 @@ class Operands:
         *,
         roles: Roles | None = None,
         moving: Collection[str] | None = None,
+        checked: bool = False,
     ) -> None:
         self.op = op
         self.columns = columns
         self.cache = AddressTable() if cache is None else cache
-        self.table = self.cache.refresh(op, columns, roles, moving)
+        self.table = self.cache.refresh(op, columns, roles, moving, checked=checked)
 
     def __getitem__(self, name: str) -> Sequence[torch.Tensor]:
         return cast("Tensors", self.columns[name]) or ()

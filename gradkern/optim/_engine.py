@@ -352,6 +352,7 @@ class FusedStepMixin(torch.optim.Optimizer):
             integers,
             cache=bucket.step_cache,
             settled=settled,
+            same_kinds=bucket.same_kinds,
         )
         bucket.settled = True
         return codecs

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
+from gradkern.ops._kinds import Kinds
 from gradkern.ops._step.codecs import ParamCodec, StateCodec, param_dtypes
 from gradkern.ops._step.columns import scales_of
 from gradkern.ops._step.rule import Codecs, State
@@ -37,6 +38,8 @@ class Bucket:
     Attributes:
         codecs: How the operands are stored; None where kernels cannot run it and torch's own update does (fp64,
             complex, sparse, odd strides).
+        settled: Whether the operands of the last step were checked: only parameters and gradients can have moved since.
+        same_kinds: Whether parameters and gradients are surely of the dtypes, shapes and strides of the last step.
         ids: Numbers of the parameters in the optimizer, as in its ``state_dict``.
         columns: State tensors by operand name.
         steps: Step counters, also of optimizers whose state has none.
@@ -57,6 +60,7 @@ class Bucket:
     operands: Operands | None = None
     settled: bool = False
     relaid: bool = False
+    same_kinds: bool = False
     # Held so that the addresses in the table stay valid whatever becomes of the tensors.
     storages: list[torch.UntypedStorage] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -83,12 +87,29 @@ class Bucket:
 class _GroupPlan:
     """The buckets of one group, kept while the same parameters have gradients of the same kind."""
 
-    __slots__ = ("buckets", "key", "step_buffer")
+    __slots__ = ("buckets", "grad_kinds", "key", "kinds", "param_kinds", "step_buffer")
 
     def __init__(self) -> None:
         self.key: object = None
+        self.kinds: object = None  # what the last step found, equal where it is the same to the buckets
+        self.param_kinds, self.grad_kinds = Kinds(), Kinds()
         self.buckets: list[Bucket] = []
         self.step_buffer: torch.Tensor | None = None
+
+    def recall(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> bool:
+        """Whether these are surely of the kinds of the last step; else look at each, for ``kinds``."""
+        if self.param_kinds.are_those_of(params) and self.grad_kinds.are_those_of(grads):
+            return True
+        contiguous = all(map(_is_contiguous, params)) and all(map(_is_contiguous, grads))
+        self.kinds = (
+            list(map(_dtype, grads)),
+            list(map(_layout, grads)),
+            None if contiguous else (list(map(_stride, params)), list(map(_stride, grads))),
+            list(map(_numel, params)),
+        )
+        self.param_kinds.remember(params)
+        self.grad_kinds.remember(grads)
+        return False
 
     def counters(self) -> list[torch.Tensor]:
         """Tensors of the step counters that kernels advance: the whole buffer at once where that is right."""
@@ -163,17 +184,9 @@ class Gathering:
                 positions = [i for i in positions if grads[i] is not None]
                 params = [params[i] for i in positions]
                 grads = [grads[i] for i in positions]
-            contiguous = all(map(_is_contiguous, params)) and all(map(_is_contiguous, grads))
+            same_kinds = plan.recall(params, grads)
             states = optimizer._states(group)
-            key = (
-                list(map(id, params)),
-                list(map(_dtype, grads)),
-                list(map(_layout, grads)),
-                None if contiguous else (list(map(_stride, params)), list(map(_stride, grads))),
-                list(map(_numel, params)),
-                states,
-                group.get("differentiable", False),
-            )
+            key = (list(map(id, params)), plan.kinds, states, group.get("differentiable", False))
             if plan.key != (key, self._changes.count):
                 optimizer._check(group, params, grads)
                 plan.buckets = self._new_buckets(optimizer, group, plan, params, grads, positions, first_id)
@@ -186,6 +199,7 @@ class Gathering:
                 for bucket in plan.buckets:
                     bucket.grads = [grad_at[position] for position in bucket.positions]
             for bucket in plan.buckets:
+                bucket.same_kinds = same_kinds
                 if bucket.masters:
                     self._renew_masters(bucket)
                 if bucket.relaid:

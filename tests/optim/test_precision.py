@@ -188,6 +188,26 @@ def test_a_parameter_changed_from_outside_renews_its_master_and_no_other(master,
         assert same_bits(opt.state[p]["master"], twin.state[q]["master"])
 
 
+@pytest.mark.parametrize("master", ["fp32", "split16", "split8"])
+def test_resync_takes_parameters_that_have_no_gradient_now(master):
+    params = start(torch.bfloat16)
+    opt = gk.SGD(params, lr=1e-3, master=master)
+    set_grads(params, 0, torch.bfloat16)
+    opt.step()
+    params[0].grad = None
+    opt.step()
+    params[0].data.fill_(3.0)
+    opt.resync()
+    set_grads(params, 1, torch.bfloat16)
+    opt.step()
+    fresh = nn.Parameter(torch.full_like(params[0], 3.0))
+    again = gk.SGD([fresh], lr=1e-3, master=master)
+    set_grads([fresh], 1, torch.bfloat16)
+    again.step()
+    assert same_bits(params[0], fresh)
+    assert same_bits(opt.state[params[0]]["master"], again.state[fresh]["master"])
+
+
 @pytest.mark.parametrize("master", ["fp32", "split16"])
 def test_a_change_is_seen_whenever_it_happens(master):
     """Also while the parameter has no gradient, and between the last step and a checkpoint."""

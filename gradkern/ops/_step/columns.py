@@ -35,6 +35,7 @@ def step_operands(
     *,
     cache: AddressTable | None = None,
     settled: bool = False,
+    same_kinds: bool = False,
 ) -> Operands:
     """The checked operands of a step.
 
@@ -47,6 +48,7 @@ def step_operands(
         integers: ``ids`` of the parameters, for random words; ``unit_sizes`` with ``units``.
         cache: Table kept from the last call with the same operands.
         settled: Only parameters and gradients can have moved since the last call.
+        same_kinds: Where settled, they are of the dtypes, devices, shapes and strides of the last call.
 
     Raises:
         ValueError: Lists of unequal length or operands of unequal layout; nothing has been written.
@@ -81,4 +83,4 @@ def step_operands(
         roles[name] = Role(state_dtype(codecs.state))
         roles[scales] = Role(torch.uint8, like_first=False, numel=state_blocks)
     moving = ("params", "grads") if settled else None
-    return Operands(rule.name, columns, cache, roles=roles, moving=moving)
+    return Operands(rule.name, columns, cache, roles=roles, moving=moving, checked=settled and same_kinds)

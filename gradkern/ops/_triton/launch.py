@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -95,12 +96,12 @@ def count_launches() -> Iterator[LaunchCount]:
 
 
 def launch(kernel: Any, programs: int, *args: Any, num_warps: int, capped: bool = False, **constants: Any) -> None:
-    """Launch ``programs`` programs of a kernel: the one place that sets compiler options.
+    """Launch ``programs`` programs of a kernel where its tensors lie: the one place that sets compiler options.
 
     Args:
         kernel: The jitted function.
         programs: Programs in the grid, at least 1.
-        args: Positional arguments of the kernel.
+        args: Positional arguments of the kernel, a tensor among them.
         num_warps: Warps of a program.
         capped: Whether registers are capped so that half of a processor's threads are resident: for kernels with more
             live values than that leaves room for, which the compiler can order so that they fit.
@@ -110,9 +111,12 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int, capped: bool 
     if count is not None:
         count.launches += 1
     options: dict[str, Any] = _OPTIONS
-    if capped and not triton.knobs.runtime.interpret:
-        options = {**_OPTIONS, **_register_cap(triton.runtime.driver.active.get_current_target())}
-    kernel[(programs,)](*args, **constants, **options, num_warps=num_warps)
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    # Triton launches on the current device, wherever its arguments lie.
+    with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+        if capped and not triton.knobs.runtime.interpret:
+            options = {**_OPTIONS, **_register_cap(triton.runtime.driver.active.get_current_target())}
+        kernel[(programs,)](*args, **constants, **options, num_warps=num_warps)
 
 
 def fold_warps(item_bytes: int, lanes: int) -> int:
