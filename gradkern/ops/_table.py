@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from gradkern.ops._chunks import CHUNK, DTYPE_CODES, chunk_count, flat_view, is_dense
+from gradkern.ops._kinds import Kinds
 
 __all__ = ["AddressTable", "Operands", "Role"]
 
@@ -64,6 +65,7 @@ class AddressTable:
         "_data",
         "_device_data",
         "_dtypes",
+        "_kinds",
         "_rows",
         "_shapes",
         "_strides",
@@ -76,6 +78,7 @@ class AddressTable:
         self._shapes: list[torch.Size] = []
         self._strides: list[tuple[int, ...]] | None = None  # None: all contiguous
         self._dtypes: dict[str, torch.dtype | None] = {}
+        self._kinds: dict[str, Kinds] = {}
         self._data = torch.empty(0, 2, dtype=torch.int64)
         self._rows = self._data.numpy()  # the same memory: numpy takes lists several times faster
         self._device_data: torch.Tensor | None = None
@@ -124,11 +127,17 @@ class AddressTable:
                 continue
             tensors = cast("Tensors", column)
             addresses = [] if tensors is None else list(map(_data_ptr, tensors))
-            if checked and moving is not None and self._dtypes[name] is not None and 0 not in addresses:
-                self._move(position, name, addresses)
-                continue
-            if addresses != self._addresses[name] or (tensors is not None and self._dtypes[name] is None):
+            # The same addresses prove nothing: memory that was freed is handed out again, for other shapes and dtypes.
+            if self._dtypes[name] is None or tensors is None:
+                known = tensors is None and not self._addresses[name]
+            else:
+                known = (checked and moving is not None) or self._kinds[name].are_those_of(tensors)
+            if not known:
                 self._rebuild(op, position, name, role, tensors, addresses, cast("Sequence[torch.Tensor]", first))
+            elif addresses != self._addresses[name]:
+                if 0 in addresses:
+                    self._check_storage(op, name, cast("Sequence[torch.Tensor]", tensors))
+                self._move(position, name, addresses)
         return self._data
 
     @classmethod
@@ -167,6 +176,7 @@ class AddressTable:
     def _reset(self, rows: int, names: list[str]) -> None:
         self._addresses = {name: [] for name in names}
         self._dtypes = dict.fromkeys(names)
+        self._kinds = {}
         self._shapes = []
         self._strides = None
         self._data = torch.zeros(rows, 2 + len(names), dtype=torch.int64)
@@ -196,8 +206,9 @@ class AddressTable:
     ) -> None:
         if tensors is not None and len(tensors) != len(first):
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors, expected {len(first)} as in the first operand")
-        if tensors is not None and tensors:
-            self._check_column(op, name, role, tensors, first)
+        dtype = None
+        if tensors:
+            dtype = self._check_column(op, name, role, tensors, first)
             if 0 in addresses:
                 self._check_storage(op, name, tensors)
         if position == 0:
@@ -206,7 +217,12 @@ class AddressTable:
             self._check_layouts(op, name, tensors)
         if role.like_first:
             self._wide.add(name)
+        self._dtypes[name] = dtype
         self._move(position, name, addresses)
+        if name not in self._kinds:
+            self._kinds[name] = Kinds()  # a table may be used but once
+        elif tensors:
+            self._kinds[name].remember(tensors)
 
     def _move(self, position: int, name: str, addresses: list[int]) -> None:
         if addresses != self._addresses[name]:
@@ -225,7 +241,7 @@ class AddressTable:
 
     def _check_column(
         self, op: str, name: str, role: Role, tensors: Sequence[torch.Tensor], first: Sequence[torch.Tensor]
-    ) -> None:
+    ) -> torch.dtype:
         dtype, device = tensors[0].dtype, first[0].device
         if role.dtype is not None and dtype != role.dtype:
             raise TypeError(f"{op}: {name}[0] has dtype {dtype}, expected {role.dtype}; convert it first")
@@ -247,7 +263,7 @@ class AddressTable:
                         f"{op}: {name}[{i}] has {tensor.numel()} elements, expected {role.numel(like.numel())}, "
                         f"contiguous, for {like.numel()} elements of the first operand"
                     )
-        self._dtypes[name] = dtype
+        return dtype
 
     def _set_layouts(self, op: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
         shapes = self._shapes if self._has_shapes(tensors) else list(map(_shape, tensors))

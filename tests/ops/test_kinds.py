@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import gradkern as gk
+from gradkern import functional
 from gradkern.ops._kinds import Kinds
+from gradkern.ops._table import AddressTable
 from gradkern.testing import same_bits
 
 
@@ -53,6 +55,33 @@ def test_tensors_without_strides_are_never_recognised():
     kinds = Kinds()
     kinds.remember([torch.ones(3).to_sparse()])
     assert not kinds.are_those_of([torch.ones(3).to_sparse()])
+
+
+def test_memory_handed_out_again_for_another_shape_is_not_taken_for_the_old():
+    memory = torch.arange(1.0, 9001.0)
+    table = AddressTable()
+    for size in (9000, 10, 10, 9000, 4097):
+        found = functional.sumsq([memory[:size]], cache=table)
+        assert same_bits(found, functional.sumsq([memory[:size]]))
+    for dtype in (torch.float16, torch.bfloat16, torch.float16):
+        found = functional.sumsq([memory.view(dtype)[1:7:2].contiguous(), memory.view(dtype)[:4097]], cache=table)
+        assert same_bits(found, functional.sumsq([memory.view(dtype)[1:7:2].contiguous(), memory.view(dtype)[:4097]]))
+
+
+def test_gradients_of_a_wrong_shape_are_refused_also_where_the_right_ones_lay():
+    memory = torch.arange(24.0)
+    param = nn.Parameter(torch.zeros(4, 6))
+    accumulator = gk.GradAccumulator([param])
+    for _ in range(3):
+        accumulator.accumulate_([memory.view(4, 6)])
+        for wrong in (memory[:8].view(2, 4), memory.view(6, 4), memory.view(6, 4).t(), memory.view(4, 6).double()):
+            before = param.grad.clone()
+            with pytest.raises(ValueError, match="expected fp32, bf16 or fp16 laid out as its parameter"):
+                accumulator.accumulate_([wrong])
+            assert same_bits(param.grad, before)
+    accumulator.accumulate_([memory.bfloat16().view(4, 6)])
+    accumulator.accumulate_([memory.view(4, 6)])
+    assert torch.equal(param.grad, memory.view(4, 6) * 5)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}, {"clip": gk.clip.AGC(0.01)}], ids=str)
