@@ -162,6 +162,17 @@ def by_data(params, opt):
     opt.resync()
 
 
+def check_begun_at_three(param, opt, master, steps):
+    """It must be as a parameter of 3.0 after these steps of an optimizer that has known no other value."""
+    fresh = nn.Parameter(torch.full_like(param, 3.0))
+    again = gk.SGD([fresh], lr=1e-3, master=master)
+    for step in steps:
+        set_grads([fresh], step, torch.bfloat16)
+        again.step()
+    assert same_bits(param, fresh)
+    assert same_bits(opt.state[param]["master"], again.state[fresh]["master"])
+
+
 @pytest.mark.parametrize("change", [by_copy, by_load_state_dict, by_data])
 @pytest.mark.parametrize("master", ["fp32", "split16", "split8"])
 def test_a_parameter_changed_from_outside_renews_its_master_and_no_other(master, change):
@@ -174,13 +185,7 @@ def test_a_parameter_changed_from_outside_renews_its_master_and_no_other(master,
         set_grads(twins, step, torch.bfloat16)
         opt.step()
         twin.step()
-    fresh = nn.Parameter(torch.full_like(params[0], 3.0))
-    again = gk.SGD([fresh], lr=1e-3, master=master)
-    for step in (2, 3):
-        set_grads([fresh], step, torch.bfloat16)
-        again.step()
-    assert same_bits(params[0], fresh)
-    assert same_bits(opt.state[params[0]]["master"], again.state[fresh]["master"])
+    check_begun_at_three(params[0], opt, master, (2, 3))
     if change is by_data:
         return  # nobody can tell which: all are taken as they are
     for p, q in zip(params[1:], twins[1:], strict=True):
@@ -200,12 +205,7 @@ def test_resync_takes_parameters_that_have_no_gradient_now(master):
     opt.resync()
     set_grads(params, 1, torch.bfloat16)
     opt.step()
-    fresh = nn.Parameter(torch.full_like(params[0], 3.0))
-    again = gk.SGD([fresh], lr=1e-3, master=master)
-    set_grads([fresh], 1, torch.bfloat16)
-    again.step()
-    assert same_bits(params[0], fresh)
-    assert same_bits(opt.state[params[0]]["master"], again.state[fresh]["master"])
+    check_begun_at_three(params[0], opt, master, (1,))
 
 
 @pytest.mark.parametrize("master", ["fp32", "split16"])
