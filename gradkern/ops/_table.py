@@ -79,8 +79,8 @@ class AddressTable:
         self._strides: list[tuple[int, ...]] | None = None  # None: all contiguous
         self._dtypes: dict[str, torch.dtype | None] = {}
         self._kinds: dict[str, Kinds] = {}
-        self._data = torch.empty(0, 2, dtype=torch.int64)
-        self._rows = self._data.numpy()  # the same memory: numpy takes lists several times faster
+        self._rows = np.empty((0, 2), dtype=np.int64)  # numpy takes lists several times faster
+        self._data = torch.from_numpy(self._rows)  # the same memory
         self._device_data: torch.Tensor | None = None
         self._aligned: bool | None = None
         self._wide: set[str] = set()  # operands laid out as the first
@@ -179,8 +179,8 @@ class AddressTable:
         self._kinds = {}
         self._shapes = []
         self._strides = None
-        self._data = torch.zeros(rows, 2 + len(names), dtype=torch.int64)
-        self._rows = self._data.numpy()
+        self._rows = np.zeros((rows, 2 + len(names)), dtype=np.int64)
+        self._data = torch.from_numpy(self._rows)
         self._device_data = None
         self.chunks = 0
 

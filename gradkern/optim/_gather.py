@@ -339,12 +339,13 @@ class Gathering:
         """
         params = group["params"]
         devices = {p.device for p in params}
-        plan.step_buffer = torch.zeros(len(params), device=params[0].device) if len(devices) == 1 else None
+        alike = len(devices) == 1 and {type(p) for p in params} <= {torch.Tensor, torch.nn.Parameter}
+        plan.step_buffer = torch.zeros(len(params), device=params[0].device) if alike else None
         cells: Sequence[torch.Tensor]
         if plan.step_buffer is not None:
             cells = plan.step_buffer.unbind()
         else:
-            cells = [torch.zeros((), device=p.device) for p in params]
+            cells = [torch.tensor(0.0, device=p.device) for p in params]  # a fake tensor made so knows its number
         for cell, param in zip(cells, params, strict=True):
             state = optimizer.state.get(param)
             if state and self._step_in_state:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler
 
 import gradkern as gk
@@ -161,6 +163,25 @@ def test_pickle_deepcopy_and_save_go_on_with_the_same_bits(name):
         train(other, again, range(3, 6))
         assert all(same_bits(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
         assert same_bits(again.grad_norm, opt.grad_norm)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_steps_in_fake_mode_make_the_state_that_real_ones_would(name):
+    """As those do who count the memory of a training that they do not run."""
+    cls, options = ALL[name]
+    kinds = []
+    for mode in (FakeTensorMode(), nullcontext()):
+        with mode:
+            model = mlp()
+            opt = cls(model.parameters(), **options)
+            for k in range(2):
+                loss_of(model, k).backward()
+                opt.step()
+                opt.zero_grad()
+            state = [opt.state[p] for p in model.parameters()]
+        kinds.append([{key: (v.shape, v.dtype, v.stride()) for key, v in s.items()} for s in state])
+    assert kinds[0] == kinds[1]
+    assert all(kinds[0])
 
 
 def test_a_loaded_state_begins_anew_where_it_says_so():
