@@ -172,6 +172,7 @@ class GradAccumulator:
         params = [self._params[i] for i in places]
         given = [cast("torch.Tensor", grads[i]) for i in places]
         self._check_given(params, given)
+        self._check_shown(given, [shown[i] for i in places])
         given_dtypes = list(map(_dtype, given))
         fresh = [shown[i] is None for i in places]
         for dtype in dict.fromkeys(given_dtypes):
@@ -281,6 +282,16 @@ class GradAccumulator:
                     f"GradAccumulator.accumulate_: gradient {i} is {grad.dtype} of shape {tuple(grad.shape)}, stride "
                     f"{grad.stride()} on {grad.device}, expected fp32, bf16 or fp16 laid out as its parameter: shape "
                     f"{tuple(param.shape)}, stride {param.stride()} on {param.device}"
+                )
+
+    def _check_shown(self, given: Sequence[torch.Tensor], shown: Sequence[torch.Tensor | None]) -> None:
+        """Each launch checks its own operands, but only this keeps the first from folding what the next refuses."""
+        for i, (grad, main_grad) in enumerate(zip(given, shown, strict=True)):
+            if main_grad is not None and (main_grad.shape, main_grad.stride()) != (grad.shape, grad.stride()):
+                raise ValueError(
+                    f"GradAccumulator.accumulate_: gradient {i} has shape {tuple(grad.shape)}, stride {grad.stride()}, "
+                    f"the p.grad that it is added to has shape {tuple(main_grad.shape)}, stride {main_grad.stride()}, "
+                    "expected the same; lay p.grad out as its parameter, or set it to None"
                 )
 
     def _fold_list(

@@ -244,6 +244,15 @@ def test_a_bad_gradient_is_refused_before_any_is_folded():
     assert all(p.grad is None for p in params)
 
 
+def test_a_gradient_shown_in_another_layout_is_refused_before_any_is_folded():
+    p, q = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 4))
+    accumulator = gk.GradAccumulator([p, q])
+    p.grad, q.grad = torch.zeros(4, 4), torch.zeros(4, 4).t()
+    with pytest.raises(ValueError, match=r"gradient 1 .* the p\.grad that it is added to has shape \(4, 4\), stride"):
+        accumulator.accumulate_([torch.ones(4, 4), torch.ones(4, 4, dtype=torch.bfloat16)])
+    assert not p.grad.any()
+
+
 # --- what the user has set, and what is freed -----------------------------------------------------------------------
 
 

@@ -207,6 +207,65 @@ def test_groups_are_clipped_apart_and_may_have_their_own_threshold():
     assert float(opt.grad_norm) == pytest.approx(norm_of([p.grad for p in params]), rel=1e-6)
 
 
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, math.inf])
+def test_the_norm_of_groups_clipped_apart_is_that_of_all(order):
+    params = params_of()
+    give_grads(params, 0)
+    opt = gk.SGD([{"params": params[:2]}, {"params": params[2:]}], clip=GroupNorm(0.5, norm_type=order))
+    opt.step()
+    assert float(opt.grad_norm) == pytest.approx(norm_of([p.grad for p in params], order), rel=1e-6)
+
+
+@pytest.mark.parametrize("policy", [GlobalNorm, GroupNorm])
+def test_the_norm_of_order_zero_counts_tensors_whatever_their_scale(policy):
+    params = params_of()
+    give_grads(params, 0)
+    params[1].grad.zero_()
+    opt = gk.SGD([{"params": params[:2]}, {"params": params[2:]}], clip=policy(10.0, norm_type=0.0))
+    opt.grad_scale = torch.tensor(1024.0)
+    opt.step()
+    assert float(opt.grad_norm) == 4.0
+    assert float(opt.grad_norm) == float(torch.nn.utils.get_total_norm([p.grad for p in params], 0.0))
+
+
+def test_norms_of_parameters_are_those_of_the_last_step_or_none():
+    params = params_of()
+    give_grads(params, 0)
+    opt = gk.SGD(params, max_norm=1.0)
+    opt.step()
+    opt.state_dict()
+    assert len(opt.grad_norms) == len(params)
+    opt.max_norm = None
+    opt.step()
+    assert opt.grad_norms == {}
+    opt.max_norm = 1.0
+    params[0].grad = None
+    opt.step()
+    assert list(map(id, opt.grad_norms)) == list(map(id, params[1:]))
+    opt.clip = GlobalNorm(1.0, norm_type=1.0)
+    opt.step()
+    assert opt.grad_norms == {}
+
+
+def test_norms_of_parameters_are_there_for_every_member_of_a_joint_norm():
+    clip, models = GlobalNorm(1.0), (params_of(), params_of())
+    opts = [gk.SGD(params, clip=clip) for params in models]
+    for params in models:
+        give_grads(params, 0)
+    for opt, params in zip(opts, models, strict=True):
+        opt.step()
+        assert {id(p): float(n) for p, n in opt.grad_norms.items()} == {
+            id(p): pytest.approx(norm_of([p.grad]), rel=1e-6) for p in params
+        }
+    models[1][0].grad = None
+    for params in models:
+        params[-1].grad *= 2
+    for opt in opts:
+        opt.step()
+    assert len(opts[0].grad_norms) == len(models[0])
+    assert list(map(id, opts[1].grad_norms)) == list(map(id, models[1][1:]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_of_every_parameter_are_those_of_fp64(dtype):
     params = params_of(dtype)

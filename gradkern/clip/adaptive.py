@@ -37,8 +37,27 @@ class _Remembering(ClipPolicy):
         """What was remembered."""
         return {name: value.clone() for name, value in (self._memory or self._loaded).items()}
 
+    def check_loaded(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse the memory of another policy.
+
+        Raises:
+            ValueError: It has other entries than this one's, or entries of another shape.
+        """
+        expected = {name: tuple(value.shape) for name, value in self._start(torch.device("cpu")).items()}
+        got = {name: tuple(torch.as_tensor(value).shape) for name, value in state_dict.items()}
+        if state_dict and got != expected:
+            raise ValueError(
+                f"{self!r}: got the memory of another policy, with {_shapes(got)}, expected {_shapes(expected)}; "
+                "construct the policy that was saved, or begin anew: drop 'clip' from the state_dict"
+            )
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: As :meth:`check_loaded`.
+        """
+        self.check_loaded(state_dict)
         self._memory, self._loaded = {}, {name: torch.as_tensor(value) for name, value in state_dict.items()}
 
 
@@ -202,3 +221,7 @@ class SkipOnSpike(_Remembering):
         weight = torch.where(count >= self.warmup_steps, 1.0 - self.alpha, 1.0 / (count + 1.0))
         mean.copy_(torch.where(skip, mean, mean + weight * (norm - mean)))
         count.add_((~skip).double())
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} of shape {shape}" for name, shape in sorted(shapes.items()))

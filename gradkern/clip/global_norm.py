@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
+from torch.utils.weak import TensorWeakRef
 
 from gradkern import functional
 from gradkern.clip.policy import ClipPolicy
@@ -14,6 +15,10 @@ from gradkern.ops._chunks import kernel_can_read
 from gradkern.ops.step_scalars.reference import CLIP_COEF
 
 __all__ = ["GlobalNorm", "GroupNorm"]
+
+
+_Seen = list[tuple[TensorWeakRef, int]]
+"""Gradients and their versions."""
 
 
 class _MeasuresItself(Protocol):
@@ -48,18 +53,13 @@ class GlobalNorm(ClipPolicy):
     """
 
     def __init__(self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> None:
-        if not max_norm >= 0.0:
-            raise ValueError(
-                f"{type(self).__name__}: max_norm must be at least 0 (inf measures the norm without clipping), got "
-                f"{max_norm}"
-            )
-        self.max_norm = float(max_norm)
+        self.max_norm = max_norm
         self.norm_type = float(norm_type)
         self.error_if_nonfinite = error_if_nonfinite
         self._members: list[weakref.ref[torch.optim.Optimizer]] = []
         self._block: torch.Tensor | None = None
         # What the block was formed of, by optimizer: a member takes part in a round once.
-        self._round: dict[int, list[tuple[int, int]]] = {}
+        self._round: dict[int, _Seen] = {}
 
     def __repr__(self) -> str:
         order = "" if self.norm_type == 2.0 else f", norm_type={self.norm_type}"
@@ -69,13 +69,32 @@ class GlobalNorm(ClipPolicy):
         # Optimizers are bound again when they are unpickled.
         return {**self.__dict__, "_members": [], "_block": None, "_round": {}}
 
+    @property
+    def max_norm(self) -> float:
+        """Threshold of the norm; may be changed between steps."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float) -> None:
+        if not value >= 0.0:
+            raise ValueError(
+                f"{type(self).__name__}: max_norm must be at least 0 (inf measures the norm without clipping), got "
+                f"{value}"
+            )
+        self._max_norm = float(value)
+
     def threshold(self, group: Mapping[str, Any]) -> float:
         """The same for all groups."""
         return self.max_norm
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember an optimizer whose gradients count."""
+        self.unbind(optimizer)
         self._members.append(weakref.ref(optimizer))
+
+    def unbind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget an optimizer: its gradients count no more."""
+        self._members = [ref for ref in self._members if ref() not in (None, optimizer)]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Let an optimizer of torch take part: before each of its steps its gradients are scaled in place.
@@ -90,10 +109,18 @@ class GlobalNorm(ClipPolicy):
             A handle; its ``remove()`` ends the scaling (the gradients still count while the optimizer lives).
 
         Raises:
-            ValueError: The norm is not of order 2.
+            ValueError: The norm is not of order 2, or the optimizer takes part already.
         """
         if self.norm_type != 2.0:
             raise ValueError(f"{self!r}: only norms of order 2 can be joint, got norm_type={self.norm_type}")
+        if (
+            getattr(optimizer, "clip", None) is self
+            or self._scale_before in optimizer._optimizer_step_pre_hooks.values()
+        ):
+            raise ValueError(
+                f"{self!r}: this {type(optimizer).__name__} takes part already, expected one that does not: "
+                "gradients would be scaled twice; attach once, and leave optimizers that have the policy as clip= alone"
+            )
         self.bind(optimizer)
         return optimizer.register_step_pre_hook(self._scale_before)
 
@@ -105,7 +132,7 @@ class GlobalNorm(ClipPolicy):
         if self.norm_type != 2.0:
             raise ValueError(f"{self!r}: only norms of order 2 can be joint; give each optimizer a policy of its own")
         seen = self._round.pop(id(optimizer), None)
-        if self._block is None or seen is None or seen != _signature(optimizer):
+        if self._block is None or seen is None or not _still(optimizer, seen):
             self._measure(optimizer, members)
             self._round.pop(id(optimizer), None)
         return self._block
@@ -124,7 +151,7 @@ class GlobalNorm(ClipPolicy):
         block = functional.new_scalars(devices.pop() if devices else torch.device("cpu"))
         functional.step_scalars_(block, [], partials, max_norm=self.max_norm, grad_scale=scale)
         self._block = block
-        self._round = {id(member): _signature(member) for member in members}
+        self._round = {id(member): _seen(member) for member in members}
 
     @torch.no_grad()
     def _scale_before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -161,8 +188,16 @@ def _grads(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _signature(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
-    return [(id(grad), grad._version) for grad in _grads(optimizer)]
+def _seen(optimizer: torch.optim.Optimizer) -> _Seen:
+    return [(TensorWeakRef(grad), grad._version) for grad in _grads(optimizer)]
+
+
+def _still(optimizer: torch.optim.Optimizer, seen: _Seen) -> bool:
+    """Whether the gradients are those that were seen, unchanged; not merely others in their place."""
+    grads = _grads(optimizer)
+    return len(grads) == len(seen) and all(
+        ref() is grad and version == grad._version for grad, (ref, version) in zip(grads, seen, strict=True)
+    )
 
 
 def _partials(optimizer: torch.optim.Optimizer, *, trusted: bool = True) -> list[torch.Tensor]:

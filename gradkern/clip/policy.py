@@ -55,7 +55,10 @@ class ClipPolicy:
         raise NotImplementedError
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called once by the optimizer that the policy is handed to."""
+        """Called by the optimizer that the policy is handed to."""
+
+    def unbind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called by the optimizer when it takes another policy."""
 
     def joint(self, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
         """A block of scalars formed with the gradients of other optimizers; None where there are none."""
@@ -64,6 +67,9 @@ class ClipPolicy:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; empty for policies without memory."""
         return {}
+
+    def check_loaded(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse what :meth:`load_state_dict` cannot take, before anything is changed."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""

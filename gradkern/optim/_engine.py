@@ -79,10 +79,7 @@ class FusedStepMixin(torch.optim.Optimizer):
         max_norm, clip = options.get("max_norm"), options.get("clip")
         if max_norm is not None and clip is not None:
             raise ValueError(f"{name}: got max_norm={max_norm} and clip={clip!r}, expected one of them")
-        if clip is not None and not isinstance(clip, ClipPolicy):
-            raise TypeError(
-                f"{name}: clip is a {type(clip).__name__}, expected a policy of gradkern.clip such as GlobalNorm(1.0)"
-            )
+        self._check_clip(clip)
         if max_norm is not None:
             clip = GlobalNorm(max_norm)
         precision = Precision(
@@ -94,7 +91,7 @@ class FusedStepMixin(torch.optim.Optimizer):
         for group in self.param_groups:
             self._check_group(group, precision)
         self._options = options
-        self.clip = clip
+        self._clip: ClipPolicy | None = None
         self._precision = precision
         self._gathering = Gathering(precision, step_in_state=self._STEP_IN_STATE or precision.random())
         self._hyper_blocks: dict[int, HyperBlock] = {}
@@ -102,8 +99,7 @@ class FusedStepMixin(torch.optim.Optimizer):
         self._event_hooks: OrderedDict[int, Callable[[StepEvent], None]] = OrderedDict()
         self._fold = GradFold(self._foldable(), name, share=True)
         self._scalars = StepScalars(self._fold, skip_nonfinite=options.get("skip_nonfinite", False))
-        if clip is not None:
-            clip.bind(self)
+        self.clip = clip
 
     # --- for subclasses ---------------------------------------------------------------------------------------------
 
@@ -136,15 +132,38 @@ class FusedStepMixin(torch.optim.Optimizer):
     # --- public -----------------------------------------------------------------------------------------------------
 
     @property
+    def clip(self) -> ClipPolicy | None:
+        """What is done to gradients before they move parameters; may be set at any time, from the next step on."""
+        return self._clip
+
+    @clip.setter
+    def clip(self, value: ClipPolicy | None) -> None:
+        self._check_clip(value)
+        if self._clip is not None:
+            self._clip.unbind(self)
+        self._clip = value
+        if value is not None:
+            value.bind(self)
+        self._gathering.recheck()
+
+    @property
     def max_norm(self) -> float | None:
-        """Threshold of the global norm; None where there is none."""
+        """Threshold of the global norm; None where there is none.
+
+        Setting it sets that of the policy, also for other optimizers that share it; None takes the policy away.
+        """
         return self.clip.max_norm if isinstance(self.clip, GlobalNorm) else None
 
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
         if self.clip is not None and not isinstance(self.clip, GlobalNorm):
             raise ValueError(f"{type(self).__name__}: clips by {self.clip!r}, which has no max_norm; set clip instead")
-        self.clip = None if value is None else GlobalNorm(value)
+        if value is None:
+            self.clip = None
+        elif self.clip is None:
+            self.clip = GlobalNorm(value)
+        else:
+            self.clip.max_norm = value
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -162,7 +181,7 @@ class FusedStepMixin(torch.optim.Optimizer):
 
         Formed from the sums that the global norm was made of, when asked for; empty where no L2 norm was measured.
         """
-        return self._scalars.norms(self._gathering.last)
+        return self._scalars.norms()
 
     @property
     def skip_nonfinite(self) -> bool:
@@ -217,8 +236,8 @@ class FusedStepMixin(torch.optim.Optimizer):
         self._fold.add(self._foldable())
 
     def resync(self) -> None:
-        """Take parameters and state as they are now: after changes by ``.data``, which leave no trace."""
-        self._gathering.renew_masters()
+        """Let masters follow parameters that were changed by ``.data``, which leaves no trace."""
+        self._gathering.doubt_masters(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; gradients of the new parameters are folded too."""
@@ -233,7 +252,7 @@ class FusedStepMixin(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; a clip policy with a memory adds ``"clip"``, which torch ignores."""
-        self._gathering.renew_changed_masters()
+        self._gathering.before_saving(self)
         saved = super().state_dict()
         saved["state"] = {key: dict(state) for key, state in saved["state"].items()}  # plain, for torch.load
         policy = {} if self.clip is None else self.clip.state_dict()
@@ -243,34 +262,43 @@ class FusedStepMixin(torch.optim.Optimizer):
         """As ``torch.optim.Optimizer.load_state_dict``; takes what torch's namesake saved.
 
         Raises:
-            ValueError: The state was kept in another precision; nothing has been changed then.
+            ValueError: The state was kept in another precision, or is that of another clip policy; nothing has been
+                changed then.
         """
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        hooked = state_dict
         exact: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
-        for param, saved_id in zip(params, ids, strict=False):
-            saved = state_dict["state"].get(saved_id)
-            if saved:
-                self._precision.check_loaded(type(self).__name__, param, saved, self._OP.rule.states)
-                exact.append((param, self._kept_as_saved(param, saved)))
-        super().load_state_dict(state_dict)
-        for param, kept in exact:  # torch has cast these to the dtype of the parameter
-            self.state[param].update(kept)
-        if self.clip is not None and "clip" in state_dict:
-            self.clip.load_state_dict(state_dict["clip"])
-        self._gathering.forget()
+
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            nonlocal hooked, exact
+            hooked, exact = loaded, self._checked_for_loading(loaded)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            for param, kept in exact:  # torch has cast these to the dtype of the parameter
+                self.state[param].update(kept)
+            if self.clip is not None and "clip" in hooked:
+                self.clip.load_state_dict(hooked["clip"])
+            self._gathering.forget()
+
+        # After the user's hooks have changed what is loaded, and before they see what became of it.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_gathering" not in self.__dict__:
             self._start(state.get("_options", {}))
+            self._gathering.trust_masters(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._gathering.renew_changed_masters()
+        self._gathering.before_saving(self)
         options = copy.copy(self._options)
-        if self.clip is not None:  # as it is now, and not once more as max_norm
-            options.pop("max_norm", None)
-            options["clip"] = self.clip
+        options.pop("max_norm", None)
+        options["clip"] = self.clip  # as it is now
         return {**super().__getstate__(), "_options": options}
 
     @torch.no_grad()
@@ -295,16 +323,13 @@ class FusedStepMixin(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = self._gathering.buckets(self)
-        if not buckets:
-            return loss
-        self._in_step = buckets
         try:
-            self._update(buckets)
+            self._in_step = self._gathering.buckets(self)
+            if self._in_step:
+                self._update(self._in_step)
         finally:
             self._in_step = []
-            for bucket in buckets:
-                bucket.grads, bucket.operands = [], None  # a bucket must not keep gradients alive past zero_grad()
+            self._gathering.done()
         return loss
 
     # --- internals --------------------------------------------------------------------------------------------------
@@ -366,15 +391,14 @@ class FusedStepMixin(torch.optim.Optimizer):
         """
         if self._in_step:
             return self._scalars.partials(self._in_step, trusted=trusted)
-        buckets = self._gathering.buckets(self)
-        self._scalars.begin(self)
         try:
+            buckets = self._gathering.buckets(self)
+            self._scalars.begin(self)
             for bucket in buckets:
                 self._prepare(bucket, GradTransform.NONE)
             return self._scalars.partials(buckets, trusted=trusted)
         finally:
-            for bucket in buckets:
-                bucket.grads, bucket.operands = [], None
+            self._gathering.done()
 
     def _update_with_torch(self, bucket: Bucket, block: torch.Tensor) -> None:
         scale = self._scalars.scale
@@ -442,9 +466,13 @@ class FusedStepMixin(torch.optim.Optimizer):
         """Refuse what no update can take, before any state is made."""
         name = type(self).__name__
         self._check_group(group, self._precision)
-        for grad in grads:
-            if grad.is_sparse:
-                self._check_sparse()
+        if any(grad.is_sparse for grad in grads):
+            self._check_sparse()
+            if self.clip is not None and self.clip.transform != GradTransform.NONE:
+                raise RuntimeError(
+                    f"{name}: {self.clip!r} treats elements or units of a gradient by themselves, got a sparse "
+                    "gradient, expected dense ones; clip by norm, or give sparse parameters an optimizer of their own"
+                )
         for param, grad in zip(params, grads, strict=True):
             if group.get("differentiable", False) or not kernels_can_update(param, grad):
                 self._precision.check_kernels(name, param, grad)
@@ -467,8 +495,29 @@ class FusedStepMixin(torch.optim.Optimizer):
                 "one optimizer per device, or max_norm=None"
             )
 
+    def _check_clip(self, clip: object) -> None:
+        if clip is not None and not isinstance(clip, ClipPolicy):
+            raise TypeError(
+                f"{type(self).__name__}: clip is a {type(clip).__name__}, expected a policy of gradkern.clip such as "
+                "GlobalNorm(1.0)"
+            )
+
     def _check_sparse(self) -> None:
         raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+
+    def _checked_for_loading(self, state_dict: dict[str, Any]) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Parameters, and what must be loaded for them as it was saved; refuses what does not fit."""
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        exact = []
+        for param, saved_id in zip(params, ids, strict=False):
+            saved = state_dict["state"].get(saved_id)
+            if saved:
+                self._precision.check_loaded(type(self).__name__, param, saved, self._OP.rule.states)
+                exact.append((param, self._kept_as_saved(param, saved)))
+        if self.clip is not None and "clip" in state_dict:
+            self.clip.check_loaded(state_dict["clip"])
+        return exact
 
     def _kept_as_saved(self, param: torch.Tensor, saved: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Tensors of a saved state that keep their dtype: those whose dtype the precision fixes, not the parameter."""

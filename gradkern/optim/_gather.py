@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import chain, repeat
 from operator import attrgetter, is_
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakMethod
 
 import torch
 
@@ -26,9 +27,14 @@ _grad = attrgetter("grad")
 _version = attrgetter("_version")
 _dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _layout = torch.Tensor.layout.__get__  # type: ignore[attr-defined]
+_device = torch.Tensor.device.__get__
+_data_ptr = torch.Tensor.data_ptr
 _numel = torch.Tensor.numel
 _is_contiguous = torch.Tensor.is_contiguous
 _stride = torch.Tensor.stride
+
+_LARGE = 1 << 14
+"""Elements of a tensor whose update takes so much longer than a look at its address that every step can afford one."""
 
 
 @dataclass(slots=True)
@@ -38,13 +44,16 @@ class Bucket:
     Attributes:
         codecs: How the operands are stored; None where kernels cannot run it and torch's own update does (fp64,
             complex, sparse, odd strides).
-        settled: Whether the operands of the last step were checked: only parameters and gradients can have moved since.
+        settled: Whether the operands of the last step passed their checks: only parameters and gradients can have moved
+            since.
         same_kinds: Whether parameters and gradients are surely of the dtypes, shapes and strides of the last step.
         ids: Numbers of the parameters in the optimizer, as in its ``state_dict``.
         columns: State tensors by operand name.
         steps: Step counters, also of optimizers whose state has none.
         relaid: Whether some gradient lies otherwise in memory than its parameter; ``grads`` then has a copy of it.
-        norms: What the per-parameter norms of the last step are made of: parameters, and the partials of all of them.
+        versions: Of parameters with a master after the last step; None where it is not known.
+        held: State, masters and counters of a bucket that kernels update, and ``held_at`` where they lay; those first
+            that would be worth sending elsewhere, ``large`` of them.
     """
 
     group: dict[str, Any]
@@ -61,10 +70,10 @@ class Bucket:
     settled: bool = False
     relaid: bool = False
     same_kinds: bool = False
-    # Held so that the addresses in the table stay valid whatever becomes of the tensors.
-    storages: list[torch.UntypedStorage] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    norms: list[tuple[list[torch.Tensor], torch.Tensor]] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)
+    held: list[torch.Tensor] = field(default_factory=list)
+    held_at: list[int] = field(default_factory=list)
+    large: int = 0
     step_cache: AddressTable = field(default_factory=AddressTable)
     norm_cache: AddressTable = field(default_factory=AddressTable)
 
@@ -72,6 +81,18 @@ class Bucket:
     def device(self) -> torch.device:
         """Of the parameters."""
         return self.params[0].device
+
+    def hold(self) -> None:
+        """Remember where everything lies but parameters and gradients."""
+        held = [*self.masters, *self.steps, *chain.from_iterable(self.columns.values())]
+        self.held = sorted(held, key=_numel, reverse=True)
+        self.held_at = list(map(_data_ptr, self.held))
+        self.large = sum(t.numel() >= _LARGE for t in held)
+
+    def lies_still(self, *, surely: bool) -> bool:
+        """Whether everything lies where it did; of small tensors only the largest is looked at unless ``surely``."""
+        count = len(self.held) if surely else self.large + 1
+        return list(map(_data_ptr, self.held[:count])) == self.held_at[:count]
 
     def tensors(self) -> dict[str, Sequence[torch.Tensor] | None]:
         """Operands of the step by name."""
@@ -87,10 +108,11 @@ class Bucket:
 class _GroupPlan:
     """The buckets of one group, kept while the same parameters have gradients of the same kind."""
 
-    __slots__ = ("buckets", "grad_kinds", "key", "kinds", "param_kinds", "step_buffer")
+    __slots__ = ("buckets", "changes", "grad_kinds", "key", "kinds", "param_kinds", "step_buffer")
 
     def __init__(self) -> None:
         self.key: object = None
+        self.changes = 0
         self.kinds: object = None  # what the last step found, equal where it is the same to the buckets
         self.param_kinds, self.grad_kinds = Kinds(), Kinds()
         self.buckets: list[Bucket] = []
@@ -102,14 +124,28 @@ class _GroupPlan:
             return True
         contiguous = all(map(_is_contiguous, params)) and all(map(_is_contiguous, grads))
         self.kinds = (
-            list(map(_dtype, grads)),
+            *(list(map(look, tensors)) for look in (_dtype, _device) for tensors in (params, grads)),
             list(map(_layout, grads)),
             None if contiguous else (list(map(_stride, params)), list(map(_stride, grads))),
             list(map(_numel, params)),
         )
         self.param_kinds.remember(params)
         self.grad_kinds.remember(grads)
+        for bucket in self.buckets:
+            bucket.settled = False  # until they have passed the checks of a step, which may not reach them at once
         return False
+
+    def holds(self, key: object, changes: Changes) -> bool:
+        """Whether the buckets are those of this step too: so are parameters and state, which lies where it lay.
+
+        ``tensor.data = ...`` leaves no trace. Who does that has looked the tensor up just before; or has kept it since
+        an earlier step, and then sends away what is large, or all.
+        """
+        return (
+            self.changes == changes.count
+            and self.key == key
+            and all(bucket.lies_still(surely=changes.read) for bucket in self.buckets)
+        )
 
     def counters(self) -> list[torch.Tensor]:
         """Tensors of the step counters that kernels advance: the whole buffer at once where that is right."""
@@ -117,6 +153,19 @@ class _GroupPlan:
         if self.step_buffer is not None and sum(len(b.params) for b in counted) == len(self.step_buffer):
             return [self.step_buffer]
         return [step for bucket in counted for step in bucket.steps]
+
+
+class _Found(NamedTuple):
+    """What a group has to update at this step."""
+
+    group: dict[str, Any]
+    plan: _GroupPlan
+    params: Sequence[torch.Tensor]
+    grads: Sequence[torch.Tensor]
+    positions: Sequence[int]
+    first_id: int
+    same_kinds: bool
+    key: object
 
 
 class Gathered(Protocol):
@@ -143,8 +192,9 @@ class Gathering:
     def __init__(self, precision: Precision, *, step_in_state: bool) -> None:
         self._precision = precision
         self._step_in_state = step_in_state
-        self._changes = Changes()
+        self._changes = Changes(WeakMethod(self._let_go))
         self._plans: list[_GroupPlan] = []
+        self._in_use = False
         # Steps of optimizers whose state does not count them: kept here, by parameter.
         self._own_steps: dict[torch.Tensor, torch.Tensor] = {}
         # Versions of parameters with a master that take no part in steps for the time being.
@@ -156,60 +206,47 @@ class Gathering:
         self._own_steps = {}
         self._left = {}
 
-    @property
-    def last(self) -> list[Bucket]:
-        """Buckets of the last step."""
-        return [bucket for plan in self._plans for bucket in plan.buckets]
+    def recheck(self) -> None:
+        """Find and check the buckets anew at the next step."""
+        for plan in self._plans:
+            plan.key = None
 
     def counters(self) -> list[torch.Tensor]:
         """Step counters to advance."""
         return [counter for plan in self._plans for counter in plan.counters()]
 
     def buckets(self, optimizer: Gathered) -> list[Bucket]:
-        """The buckets of this step, with their gradients; parameters without one are left out."""
+        """The buckets of this step, with their gradients, until :meth:`done`; parameters without one are left out."""
         if type(optimizer.state) is not WatchedStates:
+            self._let_go()
             optimizer.state = WatchedStates(optimizer.state, self._changes)
-            self._plans = []
+        self._in_use = True
         groups = optimizer.param_groups
-        while len(self._plans) < len(groups):
-            self._plans.append(_GroupPlan())
-        found: list[Bucket] = []
+        del self._plans[len(groups) :]
+        self._plans.extend(_GroupPlan() for _ in range(len(groups) - len(self._plans)))
+        found: list[_Found] = []
         first_id = 0
-        renewed = False
         for group, plan in zip(groups, self._plans, strict=True):
-            params = group["params"]
-            grads = list(map(_grad, params))
-            positions: Sequence[int] = range(len(params))
-            if True in map(is_, grads, repeat(None)):
-                positions = [i for i in positions if grads[i] is not None]
-                params = [params[i] for i in positions]
-                grads = [grads[i] for i in positions]
-            same_kinds = plan.recall(params, grads)
-            states = optimizer._states(group)
-            key = (list(map(id, params)), plan.kinds, states, group.get("differentiable", False))
-            if plan.key != (key, self._changes.count):
-                optimizer._check(group, params, grads)
-                plan.buckets = self._new_buckets(optimizer, group, plan, params, grads, positions, first_id)
-                plan.key = (key, self._changes.count)  # with the state just made
-                renewed = True
-            if len(plan.buckets) == 1:
-                plan.buckets[0].grads = grads
-            else:
-                grad_at = dict(zip(positions, grads, strict=True))
-                for bucket in plan.buckets:
-                    bucket.grads = [grad_at[position] for position in bucket.positions]
-            for bucket in plan.buckets:
-                bucket.same_kinds = same_kinds
-                if bucket.masters:
-                    self._renew_masters(bucket)
-                if bucket.relaid:
-                    bucket.grads = list(map(_laid_as, bucket.grads, bucket.params))
-            found.extend(plan.buckets)
+            found.append(self._find(optimizer, group, plan, first_id))
             first_id += len(group["params"])
-        if renewed:
-            for plan in self._plans:  # state made for one group has not changed that of another
-                plan.key = None if plan.key is None else (plan.key[0], self._changes.count)  # type: ignore[index]
-        return found
+        stale = [f for f in found if not f.plan.holds(f.key, self._changes)]
+        for group_found in stale:
+            optimizer._check(group_found.group, group_found.params, group_found.grads)
+        if stale:
+            self._plan_anew(optimizer, stale)
+        self._changes.read = False
+        buckets: list[Bucket] = []
+        for group_found in found:
+            self._hand_out(group_found)
+            buckets.extend(group_found.plan.buckets)
+        return buckets
+
+    def done(self) -> None:
+        """After a step: buckets must not keep gradients alive past ``zero_grad()``."""
+        self._in_use = False
+        for plan in self._plans:
+            for bucket in plan.buckets:
+                bucket.grads, bucket.operands = [], None
 
     def remember_versions(self, buckets: Sequence[Bucket]) -> None:
         """After a step: parameters with a master that change from here on were changed from outside."""
@@ -217,44 +254,105 @@ class Gathering:
             if bucket.masters:
                 bucket.versions = list(map(_version, bucket.params))
 
-    def renew_masters(self) -> None:
-        """Take every parameter as it is; for changes that bump no version."""
-        for bucket in self.last:
-            bucket.versions = [-1] * len(bucket.params) if bucket.masters else []
-        self._left = dict.fromkeys(self._left, -1)
+    def trust_masters(self, optimizer: Gathered) -> None:
+        """Masters fit their parameters, as they do in a copy of an optimizer; a change from here on is one."""
+        self._left = {param: param._version for param, _ in _masters(optimizer)}
 
-    def renew_changed_masters(self) -> None:
-        """Take those parameters as they are that have changed since the last step."""
-        for bucket in self.last:
+    def doubt_masters(self, optimizer: Gathered) -> None:
+        """Parameters may have been changed in ways that bump no version."""
+        for plan in self._plans:
+            self._leave(plan)
+        self._left = {param: -1 for param, _ in _masters(optimizer)}
+
+    def before_saving(self, optimizer: Gathered) -> None:
+        """Bring the state up to date: masters of changed parameters, and nothing where no step was made."""
+        for plan in self._plans:
+            self._leave(plan)
+        for param, master in _masters(optimizer):
+            self._follow(param, master, self._left.get(param))
+        names = {state.name for group in optimizer.param_groups for state in optimizer._states(group)}
+        for param, step in self._own_steps.items():
+            state = optimizer.state.get(param)
+            if state and float(step) == 0.0:
+                # All steps were skipped: torch, too, makes a momentum of the first gradient, not of zeros.
+                for name in names & state.keys():
+                    del state[name]
+                if not state:
+                    del optimizer.state[param]
+
+    def _let_go(self) -> None:
+        """Hold nothing of a state that is being replaced: moved to another device, its memory is free at once."""
+        if not self._in_use:
+            for plan in self._plans:
+                if plan.buckets:
+                    self._leave(plan)
+
+    def _leave(self, plan: _GroupPlan) -> None:
+        for bucket in plan.buckets:
+            known = zip(bucket.params, bucket.versions, strict=False)
+            self._left.update((p, version) for p, version in known if version is not None)
+        plan.buckets, plan.key, plan.step_buffer = [], None, None
+
+    def _find(self, optimizer: Gathered, group: dict[str, Any], plan: _GroupPlan, first_id: int) -> _Found:
+        params = group["params"]
+        grads = list(map(_grad, params))
+        positions: Sequence[int] = range(len(params))
+        if True in map(is_, grads, repeat(None)):
+            positions = [i for i in positions if grads[i] is not None]
+            params = [params[i] for i in positions]
+            grads = [grads[i] for i in positions]
+        same_kinds = plan.recall(params, grads)
+        states = optimizer._states(group)
+        key = (list(map(id, params)), plan.kinds, states, group.get("differentiable", False))
+        return _Found(group, plan, params, grads, positions, first_id, same_kinds, key)
+
+    def _hand_out(self, found: _Found) -> None:
+        plan = found.plan
+        if len(plan.buckets) == 1:
+            plan.buckets[0].grads = list(found.grads)
+        else:
+            grad_at = dict(zip(found.positions, found.grads, strict=True))
+            for bucket in plan.buckets:
+                bucket.grads = [grad_at[position] for position in bucket.positions]
+        for bucket in plan.buckets:
+            bucket.same_kinds = found.same_kinds
             if bucket.masters:
                 self._renew_masters(bucket)
+            if bucket.relaid:
+                bucket.grads = list(map(_laid_as, bucket.grads, bucket.params))
+
+    def _plan_anew(self, optimizer: Gathered, stale: Sequence[_Found]) -> None:
+        for found in stale:
+            self._leave(found.plan)
+            found.plan.buckets = self._new_buckets(optimizer, found)
+            found.plan.key = found.key
+        for plan in self._plans:  # state made for one group has not changed that of another
+            plan.changes = self._changes.count
+        present = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._own_steps = {p: step for p, step in self._own_steps.items() if id(p) in present}
+        self._left = {p: version for p, version in self._left.items() if id(p) in present}
 
     def _renew_masters(self, bucket: Bucket) -> None:
-        versions = list(map(_version, bucket.params))
-        if not bucket.versions or versions == bucket.versions:
-            return
-        for param, master, now, then in zip(bucket.params, bucket.masters, versions, bucket.versions, strict=True):
-            if now != then:
-                master.copy_(self._precision.new_master(param, master.dtype))
-        bucket.versions = versions
+        if list(map(_version, bucket.params)) != bucket.versions:
+            bucket.versions = list(map(self._follow, bucket.params, bucket.masters, bucket.versions))
 
-    def _new_buckets(
-        self,
-        optimizer: Gathered,
-        group: dict[str, Any],
-        plan: _GroupPlan,
-        params: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor],
-        positions: Sequence[int],
-        first_id: int,
-    ) -> list[Bucket]:
-        cells = self._adopt_steps(optimizer, group, plan)
-        for bucket in plan.buckets:
-            if bucket.versions:
-                self._left.update(zip(bucket.params, bucket.versions, strict=True))
+    def _follow(self, param: torch.Tensor, master: torch.Tensor, then: int | None) -> int:
+        """Let a master follow its parameter, whose version was ``then`` when they fitted; None: not known.
+
+        Returns:
+            The version of the parameter now.
+        """
+        now = param._version
+        if now != then:
+            self._precision.follow(param, master, changed=then is not None)
+        return now
+
+    def _new_buckets(self, optimizer: Gathered, found: _Found) -> list[Bucket]:
+        group = found.group
+        cells = self._adopt_steps(optimizer, group, found.plan)
         states = optimizer._states(group)
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        for param, grad, position in zip(params, grads, positions, strict=True):
+        for param, grad, position in zip(found.params, found.grads, found.positions, strict=True):
             readable = kernels_can_update(param, grad) and not group.get("differentiable", False)
             state = self._state_of(optimizer, param, cells[position], states, kernel=readable)
             codecs = self._codecs(optimizer, param, grad, state, states) if readable else None
@@ -265,7 +363,7 @@ class Gathering:
             bucket.relaid |= codecs is not None and grad.stride() != param.stride()
             bucket.params.append(param)
             bucket.positions.append(position)
-            bucket.ids.append(first_id + position)
+            bucket.ids.append(found.first_id + position)
             bucket.steps.append(cells[position])
             for rule_state in states:
                 bucket.columns.setdefault(f"{rule_state.name}s", []).append(state[rule_state.name])
@@ -275,10 +373,10 @@ class Gathering:
             if codecs is not None and param_dtypes(codecs.param)[1] is not None:
                 bucket.masters.append(state["master"])
         for bucket in buckets.values():
-            held = [*bucket.masters, *bucket.steps, *(t for column in bucket.columns.values() for t in column)]
-            bucket.storages = [t.untyped_storage() for t in held] if bucket.codecs is not None else []
+            if bucket.codecs is not None:
+                bucket.hold()
             if bucket.masters:
-                bucket.versions = [self._left.pop(p, p._version) for p in bucket.params]
+                bucket.versions = [self._left.pop(p, None) for p in bucket.params]
         return list(buckets.values())
 
     def _state_of(
@@ -335,7 +433,7 @@ class Gathering:
 
         Returns:
             The cell of every parameter of the group, holding the steps that its state has counted. Where the state
-            does not count, a parameter that has state is taken to have made a step.
+            does not count, a parameter that has state is taken to have made a step, and one that has none not.
         """
         params = group["params"]
         devices = {p.device for p in params}
@@ -353,10 +451,8 @@ class Gathering:
                     cell.copy_(torch.as_tensor(state["step"]))
                     state["step"] = cell
             elif not self._step_in_state:
-                if param in self._own_steps:
-                    cell.copy_(self._own_steps[param])
-                elif state and any(isinstance(value, torch.Tensor) for value in state.values()):
-                    cell.fill_(1.0)
+                if state and any(isinstance(value, torch.Tensor) for value in state.values()):
+                    cell.copy_(self._own_steps[param]) if param in self._own_steps else cell.fill_(1.0)
                 self._own_steps[param] = cell
         return cells
 
@@ -364,7 +460,19 @@ class Gathering:
 def kernels_can_update(param: torch.Tensor, grad: torch.Tensor) -> bool:
     """Whether kernels can walk a parameter, and its gradient too once it is laid out as the parameter is."""
     plain = type(grad) in (torch.Tensor, torch.nn.Parameter) and grad.layout == torch.strided
-    return kernel_can_read(param) and plain and grad.dtype in DTYPE_CODES and grad.shape == param.shape
+    return (
+        kernel_can_read(param)
+        and param.device.type != "meta"
+        and plain
+        and grad.dtype in DTYPE_CODES
+        and grad.shape == param.shape
+    )
+
+
+def _masters(optimizer: Gathered) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Parameters that have a master, and it."""
+    found = [(param, state.get("master")) for param, state in optimizer.state.items()]
+    return [(param, master) for param, master in found if isinstance(master, torch.Tensor)]
 
 
 def _same_layout(tensor: torch.Tensor, param: torch.Tensor) -> bool:

@@ -15,15 +15,15 @@ class HyperBlock:
     __slots__ = ("_block", "_numbers")
 
     def __init__(self) -> None:
-        self._numbers: list[float] = []
+        self._numbers: list[float | None] = []
         self._block: torch.Tensor | None = None
 
     def refresh(self, values: Sequence[float | torch.Tensor], device: torch.device) -> torch.Tensor:
         """The block with these values, fp64 on ``device``."""
-        numbers = [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
+        numbers = [None if isinstance(value, torch.Tensor) else float(value) for value in values]
         block = self._block
         if block is None or numbers != self._numbers or block.device != device:
-            block = torch.tensor(numbers, dtype=torch.float64)
+            block = torch.tensor([0.0 if number is None else number for number in numbers], dtype=torch.float64)
             if device.type != "cpu":
                 block = block.pin_memory().to(device, non_blocking=True)
             self._block, self._numbers = block, numbers

@@ -159,6 +159,28 @@ class Precision:
             return param.detach().to(torch.float32, memory_format=torch.preserve_format)
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
+    def follow(self, param: torch.Tensor, master: torch.Tensor, *, changed: bool) -> None:
+        """Let a master follow a parameter that may have been changed from outside.
+
+        An fp32 master tells by itself which elements have been: those that it rounds to no longer, ties to even or away
+        from zero. The rest keep their bits, as where weights are clamped after every step, or swapped and back. What is
+        left of a split master says nothing, and goes where a change is certain.
+
+        Args:
+            param: bf16 or fp16.
+            master: fp32, or the bits that a bf16 parameter lacks; of its shape and strides, mutated.
+            changed: Whether a change is certain.
+        """
+        if master.dtype == torch.float32:
+            now = param.detach().to(torch.float32)
+            same = master.to(param.dtype) == now
+            if param.dtype == torch.bfloat16:
+                away = ((master.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
+                same |= away == now
+            master.copy_(torch.where(same, master, now))
+        elif changed:
+            master.zero_()
+
     def check_loaded(self, owner: str, param: torch.Tensor, saved: Mapping[str, Any], states: Sequence[State]) -> None:
         """Refuse saved state of another precision.
 

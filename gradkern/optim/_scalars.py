@@ -43,6 +43,9 @@ class StepScalars:
         self._skip_nonfinite = skip_nonfinite
         self._grad_scale: torch.Tensor | None = None
         self._found_inf_per_device: dict[torch.device, torch.Tensor] | None = None
+        # What the per-parameter norms of the last step are made of: parameters, and the partials of all of them.
+        self._measured: list[tuple[list[torch.Tensor], torch.Tensor]] = []
+        self._norm_type = 2.0
         self.blocks: list[torch.Tensor] = []
         self.scale: torch.Tensor | float = 1.0
         self.found_inf: torch.Tensor | None = None
@@ -70,19 +73,22 @@ class StepScalars:
             return None
         if len(self.blocks) == 1:
             return self.blocks[0][layout.NORM].float()
-        return torch.stack([block[layout.NORM] for block in self.blocks]).square().sum().sqrt().float()
+        norms = torch.stack([block[layout.NORM] for block in self.blocks])
+        if self._norm_type == 0.0:
+            return norms.sum().float()  # as in torch, it counts tensors
+        total: torch.Tensor = torch.linalg.vector_norm(norms, self._norm_type)
+        return total.float()
 
-    def norms(self, buckets: Sequence[Bucket]) -> dict[torch.Tensor, torch.Tensor]:
+    def norms(self) -> dict[torch.Tensor, torch.Tensor]:
         """L2 norm of every parameter's gradient at the last step, 0-dim fp32, from the sums that are there."""
         norms: dict[torch.Tensor, torch.Tensor] = {}
-        for bucket in buckets:
-            for params, partials in bucket.norms:
-                chunks = torch.tensor([chunk_count(p.numel()) for p in params], device=partials.device)
-                if int(sum(chunk_count(p.numel()) for p in params)) != partials.numel():
-                    chunks = torch.ones_like(chunks)  # one sum per parameter: kernels could not read them
-                rows = torch.repeat_interleave(torch.arange(len(params), device=partials.device), chunks)
-                sums = partials.new_zeros(len(params)).index_add_(0, rows, partials)
-                norms.update(zip(params, (sums.sqrt() / self.scale).float().unbind(), strict=True))
+        for params, partials in self._measured:
+            chunks = torch.tensor([chunk_count(p.numel()) for p in params], device=partials.device)
+            if int(sum(chunk_count(p.numel()) for p in params)) != partials.numel():
+                chunks = torch.ones_like(chunks)  # one sum per parameter: kernels could not read them
+            rows = torch.repeat_interleave(torch.arange(len(params), device=partials.device), chunks)
+            sums = partials.new_zeros(len(params)).index_add_(0, rows, partials)
+            norms.update(zip(params, (sums.sqrt() / self.scale).float().unbind(), strict=True))
         return norms
 
     def form(
@@ -114,12 +120,16 @@ class StepScalars:
         del self.blocks[len(scopes) :]
         # Where the verdict of one kernel is not the last word, steps are counted after it.
         late = clip is not None and (clip.skips or clip.error_if_nonfinite or len(scopes) > 1)
+        shared = None if clip is None else clip.joint(optimizer)
+        if shared is None:  # else it was measured when the first of the optimizers stepped
+            self._measured = []
+        self._norm_type = 2.0 if clip is None or clip.norm_type is None else clip.norm_type
         block_of: dict[int, torch.Tensor] = {}
         for index, scope in enumerate(scopes.values()):
             if self.blocks[index].device != scope[0].device:
                 self.blocks[index] = self.blocks[index].to(scope[0].device)
             block = self.blocks[index]
-            self._form_block(optimizer, clip, block, scope, [] if late else counters, late=late)
+            self._form_block(clip, shared, block, scope, [] if late else counters, late=late)
             block_of.update((id(bucket), block) for bucket in scope)
         if self._found_inf_per_device is not None:
             norm = torch.stack([block[layout.NORM] for block in self.blocks]).sum()
@@ -133,12 +143,13 @@ class StepScalars:
     def partials(self, buckets: Sequence[Bucket], *, trusted: bool = True) -> list[torch.Tensor]:
         """Sums of squares of all gradients, for a norm over several optimizers."""
         trusted = trusted and self._trusted() and self.found_inf is None
+        self._measured = []
         return [block for bucket in buckets for block in self._partials(bucket, trusted)]
 
     def _form_block(
         self,
-        optimizer: torch.optim.Optimizer,
         clip: ClipPolicy | None,
+        shared: torch.Tensor | None,
         block: torch.Tensor,
         scope: list[Bucket],
         counters: list[torch.Tensor],
@@ -146,15 +157,15 @@ class StepScalars:
         late: bool,
     ) -> None:
         skip_nonfinite = self._skip_nonfinite and not late
-        shared = None if clip is None else clip.joint(optimizer)
+        found_inf = None if late else self.found_inf
         threshold = math.inf if clip is None else clip.threshold(scope[0].group)
         if shared is not None:
             block[: layout.SKIPPED].copy_(shared[: layout.SKIPPED])
-            functional.count_steps_(block, counters, found_inf=self.found_inf, skip_nonfinite=skip_nonfinite)
+            functional.count_steps_(block, counters, found_inf=found_inf, skip_nonfinite=skip_nonfinite)
             return
         if clip is not None and clip.norm_type not in (None, 2.0):
             self._measure_otherwise(clip, block, scope, threshold)
-            functional.count_steps_(block, counters, found_inf=self.found_inf, skip_nonfinite=skip_nonfinite)
+            functional.count_steps_(block, counters, found_inf=found_inf, skip_nonfinite=skip_nonfinite)
             return
         partials: list[torch.Tensor] = []
         fresh: list[Bucket] = []  # normed by the kernel that forms the scalars
@@ -172,11 +183,10 @@ class StepScalars:
             grads=[bucket.operands for bucket in fresh if bucket.operands is not None],
             max_norm=threshold,
             grad_scale=self._grad_scale,
-            found_inf=self.found_inf,
+            found_inf=found_inf,
             skip_nonfinite=skip_nonfinite,
         )
-        for bucket, block_sums in zip(fresh, sums, strict=True):
-            bucket.norms = [(bucket.params, block_sums)]
+        self._measured.extend((bucket.params, bucket_sums) for bucket, bucket_sums in zip(fresh, sums, strict=True))
         if clip is not None:
             if clip.transform == GradTransform.LIMIT:
                 block[layout.LIMIT].copy_(torch.as_tensor(clip.limit() * self.scale))
@@ -186,6 +196,8 @@ class StepScalars:
         """Skip for all scopes together, then count the step."""
         first = self.blocks[0]
         skip = torch.stack([block[layout.SKIP] for block in self.blocks]).amax()
+        if self.found_inf is not None:
+            skip = torch.maximum(skip, (self.found_inf.reshape(()) != 0).to(skip.device, skip.dtype))
         if self._skip_nonfinite:
             norms = torch.stack([block[layout.NORM] for block in self.blocks])
             skip = torch.maximum(skip, (~norms.isfinite()).any().to(skip.dtype))
@@ -216,7 +228,10 @@ class StepScalars:
 
     def _measure_otherwise(self, clip: ClipPolicy, block: torch.Tensor, scope: list[Bucket], threshold: float) -> None:
         """Norms of another order than 2, by one pass over the gradients."""
-        norm = norm_of_order([g for bucket in scope for g in bucket.grads], float(clip.norm_type or 2.0)) / self.scale
+        order = 2.0 if clip.norm_type is None else clip.norm_type
+        norm = norm_of_order([g for bucket in scope for g in bucket.grads], order)
+        if order != 0.0:  # which counts, and does not measure
+            norm = norm / self.scale
         coefficient = (threshold / (norm + 1e-6)).clamp(max=1.0) if math.isfinite(threshold) else torch.ones_like(norm)
         block[layout.NORM].copy_(norm)
         set_clip_(block, coefficient, self.scale)
@@ -241,32 +256,33 @@ class StepScalars:
 
     def _partials(self, bucket: Bucket, trusted: bool) -> list[torch.Tensor]:
         """Sums of squares of a bucket's gradients: those folded in backward, and one pass over the rest."""
+        measured = self._measure(bucket, trusted)
+        self._measured.extend(measured)
+        return [partials for _, partials in measured]
+
+    def _measure(self, bucket: Bucket, trusted: bool) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Parameters, and the sums of squares of their gradients."""
         if bucket.operands is None:
             grads = [g.coalesce().values() if g.is_sparse else g for g in bucket.grads]
             norms = [torch.linalg.vector_norm(g, dtype=_wide(g.dtype)).double() for g in grads]
-            sums = torch.stack(norms).square()
-            bucket.norms = [(bucket.params, sums)]
-            return [sums]
+            return [(bucket.params, torch.stack(norms).square())]
         listed = known_partials(bucket.grads) if trusted else None
         if listed is not None:
-            bucket.norms = [(bucket.params, listed)]
-            return [listed]
+            return [(bucket.params, listed)]
         if not trusted or self._fold.size == 0:
-            sums = functional.sumsq_of(bucket.operands, "grads")
-            bucket.norms = [(bucket.params, sums)]
-            return [sums]
-        bucket.norms = []
+            return [(bucket.params, functional.sumsq_of(bucket.operands, "grads"))]
+        measured: list[tuple[list[torch.Tensor], torch.Tensor]] = []
         rest: list[tuple[torch.Tensor, torch.Tensor]] = []
         for param, grad in zip(bucket.params, bucket.grads, strict=True):
             partials = self._fold.partials(param, grad)
             if partials is None:
                 rest.append((param, grad))
             else:
-                bucket.norms.append(([param], partials))
+                measured.append(([param], partials))
         if rest:
             sums = functional.sumsq([g for _, g in rest], cache=bucket.norm_cache)
-            bucket.norms.append(([p for p, _ in rest], sums))
-        return [partials for _, partials in bucket.norms]
+            measured.append(([p for p, _ in rest], sums))
+        return measured
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -320,6 +321,23 @@ def test_each_optimizer_has_its_own_verdict():
         assert scaler.get_scale() == 2.0
         stayed = [all_same_bits(model.parameters(), old) for model, old in zip(models, before, strict=True)]
         assert stayed == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", OURS_AND_TORCHS)
+@pytest.mark.parametrize(
+    "clip", [None, gk.clip.GlobalNorm(1.0), gk.clip.GroupNorm(1.0), gk.clip.SkipOnSpike(), gk.clip.ZClip()], ids=repr
+)
+def test_a_step_skipped_for_the_scaler_counts_once(kind, clip):
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    opt = gk.AdamW([{"params": [p]}, {"params": [q]}], clip=copy.deepcopy(clip))
+    scaler = kind("cpu", init_scale=4.0)
+    for factor in (math.inf, 1.0, math.nan):
+        opt.zero_grad()
+        scaler.scale((p.sum() + q.sum()) * factor).backward()
+        scaler.step(opt)
+        scaler.update()
+    assert opt.skipped_steps.item() == 2
+    assert [float(opt.state[x]["step"]) for x in (p, q)] == [1.0, 1.0]
 
 
 def test_a_spike_is_no_overflow():

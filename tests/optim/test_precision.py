@@ -146,9 +146,9 @@ def test_with_a_master_small_updates_add_up(name):
 # --- changes from outside -----------------------------------------------------------------------------------------
 
 
-def by_copy(params, opt):
+def by_copy(params, opt, value=3.0):
     with torch.no_grad():
-        params[0].copy_(torch.full_like(params[0], 3.0))
+        params[0].copy_(torch.full_like(params[0], value))
 
 
 def by_load_state_dict(params, opt):
@@ -186,7 +186,7 @@ def test_a_parameter_changed_from_outside_renews_its_master_and_no_other(master,
         opt.step()
         twin.step()
     check_begun_at_three(params[0], opt, master, (2, 3))
-    if change is by_data:
+    if change is by_data and master != "fp32":
         return  # nobody can tell which: all are taken as they are
     for p, q in zip(params[1:], twins[1:], strict=True):
         assert same_bits(p, q)
@@ -225,15 +225,16 @@ def test_a_change_is_seen_whenever_it_happens(master):
     # One fp32 rounding of the product, one of the difference.
     assert torch.allclose(shadow(params[0], opt.state[params[0]]), expected, rtol=2.0**-23, atol=0.0)
 
-    for save in (opt.state_dict, lambda: copy.deepcopy(opt).state_dict()):
+    for value, save in ((5.0, opt.state_dict), (3.0, lambda: copy.deepcopy(opt).state_dict())):
         opt.step()
-        by_copy(params, opt)
+        by_copy(params, opt, value)
         saved = save()
         resumed = [nn.Parameter(p.detach().clone()) for p in params]
         other = gk.SGD(resumed, lr=1e-3, master=master)
         other.load_state_dict(saved)
         set_grads(resumed, 1, torch.bfloat16)
         other.step()
+        expected = value - 1e-3 * resumed[0].grad.float()
         assert torch.allclose(shadow(resumed[0], other.state[resumed[0]]), expected, rtol=2.0**-23, atol=0.0)
 
 
