@@ -32,3 +32,10 @@ def micro_batch(seed: int) -> torch.Tensor:
 
 def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
     return model(micro_batch(seed)).square().mean()
+
+
+def one(value: float = 1.0, dtype: torch.dtype = torch.float32, size: int = 4) -> nn.Parameter:
+    """A parameter, and a gradient of ones."""
+    p = nn.Parameter(torch.full((size,), value, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    return p
