@@ -25,6 +25,9 @@ _SCHEMAS = (
     "_step_scalars_native_(Tensor(a!) scalars, Tensor(b!)[] steps, Tensor[] partials, Tensor[] tables, "
     "int[] operands, int[] dtypes, Tensor(c!)[] sums, float max_norm, float? grad_scale, bool skip, "
     "bool skip_nonfinite) -> ()",
+    "_least_capacity_(Tensor first, Tensor saved, Tensor peak, Tensor extra, Tensor(a!) choices) -> int",
+    "_prefix_knapsack_(Tensor first, Tensor saved, Tensor peak, Tensor extra, int capacity, int states, "
+    "Tensor(a!) choices) -> (float, bool)",
     "_triad_(Tensor(a!) out, Tensor a, Tensor b, bool streaming) -> ()",
     "_isa() -> str",
 )

@@ -15,12 +15,13 @@ from torch import nn
 from gradkern.checkpoint._bytes import format_bytes, parse_bytes
 from gradkern.checkpoint._fingerprint import Fingerprint
 from gradkern.checkpoint._meter import make_meter
+from gradkern.checkpoint._native_solver import fastest_chain
 from gradkern.checkpoint._optimizer import OptimizerCost, measure_optimizer
 from gradkern.checkpoint._plan import Plan, UnitPlan
 from gradkern.checkpoint._preserve import Preserved, preserved
 from gradkern.checkpoint._profile import CycleCost, Trial
 from gradkern.checkpoint._recompute import applied_within, uses_cache
-from gradkern.checkpoint._solver import Option, extra_seconds, least_capacity, solve
+from gradkern.checkpoint._solver import Option, extra_seconds, solve
 from gradkern.checkpoint._storages import live_bytes, require_cpu, storages_of, tensors_of
 from gradkern.checkpoint._units import HEAD, STEM, WHOLE_MODEL, find_units, unit_module
 from gradkern.errors import PlanInfeasibleError
@@ -262,12 +263,14 @@ class _Runs:
 
 def _fit(options: list[list[Option]], budget_bytes: int, runs: _Runs) -> _Found:
     """Solve and run until a choice holds, tightening the capacity by what the last one was over."""
-    ends = len(options) * (_KEEP,), tuple(len(unit) - 1 for unit in options), least_capacity(options)[1]
+    chain = fastest_chain()
+    least = chain(options).least_capacity()[1]
+    ends = len(options) * (_KEEP,), tuple(len(unit) - 1 for unit in options), least
     peaks = {choices: runs.peak(choices) for choices in ends}
     capacity = budget_bytes - runs.fixed_bytes
     lower_bound_s = 0.0
     for attempt in range(_MAX_CORRECTIONS):
-        solution = solve(options, capacity)
+        solution = solve(options, capacity, chain=chain)
         if solution is None:
             break
         if attempt == 0:

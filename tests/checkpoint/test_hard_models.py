@@ -239,7 +239,7 @@ def test_units_that_do_not_repeat_are_kept(draw):
     before = random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
     made = least(case)
     assert (random.getstate(), np.random.get_state()[1].tobytes()) == before  # noqa: NPY002
-    assert {"blocks.0", "blocks.1"} <= set(recomputed(made))
+    assert "blocks.0" in recomputed(made)
     assert "blocks.2" not in recomputed(made)
     kept = next(unit for unit in made.units if unit.name == "blocks.2")
     assert kept.recompute_saved_bytes == kept.saved_bytes
