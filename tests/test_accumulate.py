@@ -244,6 +244,15 @@ def test_a_bad_gradient_is_refused_before_any_is_folded():
     assert all(p.grad is None for p in params)
 
 
+@pytest.mark.parametrize("also", [True, False])
+def test_strides_of_dimensions_of_size_one_do_not_matter(also):
+    p, q = nn.Parameter(torch.zeros(4, 1)), nn.Parameter(torch.zeros(3))
+    accumulator = gk.GradAccumulator([p, q])
+    p.grad, q.grad = torch.zeros(4).as_strided((4, 1), (1, 4)), torch.zeros(3)
+    accumulator.accumulate_([torch.ones(4, 1), torch.ones(3) if also else None])
+    assert torch.equal(p.grad, torch.ones(4, 1))
+
+
 def test_a_gradient_shown_in_another_layout_is_refused_before_any_is_folded():
     p, q = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 4))
     accumulator = gk.GradAccumulator([p, q])

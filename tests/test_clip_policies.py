@@ -13,6 +13,7 @@ from torch import nn
 import gradkern as gk
 from gradkern import functional
 from gradkern.clip import AGC, AutoClip, GlobalNorm, GroupNorm, SkipOnSpike, Value, ZClip
+from gradkern.ops.step_scalars.reference import SKIP
 from gradkern.testing import same_bits
 from tests.optim.models import OPTIMIZERS
 
@@ -226,6 +227,35 @@ def test_the_norm_of_order_zero_counts_tensors_whatever_their_scale(policy):
     opt.step()
     assert float(opt.grad_norm) == 4.0
     assert float(opt.grad_norm) == float(torch.nn.utils.get_total_norm([p.grad for p in params], 0.0))
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, math.inf])
+def test_a_policy_of_ones_own_may_skip_whatever_it_measures(order):
+    class Skips(gk.clip.ClipPolicy):
+        norm_type = order
+        skips = True
+
+        def decide_(self, scalars, scale):
+            scalars[SKIP].fill_(1.0)
+
+    params = params_of()
+    give_grads(params, 0)
+    before = [p.detach().clone() for p in params]
+    opt = gk.SGD(params, clip=Skips())
+    opt.step()
+    assert all(map(same_bits, before, params))
+    assert opt.skipped_steps.item() == 1
+
+
+def test_a_joint_norm_that_is_not_finite_names_the_partners_parameters():
+    clip = GlobalNorm(1.0, error_if_nonfinite=True)
+    (p, *_), (q, *_) = params_of(), params_of()
+    first, second = gk.SGD([p], clip=clip), gk.AdamW([("weight", q)], clip=clip)
+    p.grad, q.grad = torch.ones_like(p), torch.full_like(q, math.inf)
+    with pytest.raises(RuntimeError, match=r"not finite: AdamW's weight \(30, 50\)\."):
+        first.step()
+    with pytest.raises(RuntimeError, match=r"not finite: weight \(30, 50\)\."):
+        second.step()
 
 
 def test_norms_of_parameters_are_those_of_the_last_step_or_none():

@@ -48,7 +48,7 @@ class _Remembering(ClipPolicy):
         if state_dict and got != expected:
             raise ValueError(
                 f"{self!r}: got the memory of another policy, with {_shapes(got)}, expected {_shapes(expected)}; "
-                "construct the policy that was saved, or begin anew: drop 'clip' from the state_dict"
+                "construct the policy that was saved, or drop 'clip' from the state_dict to leave this one as it is"
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

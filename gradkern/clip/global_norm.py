@@ -71,7 +71,7 @@ class GlobalNorm(ClipPolicy):
 
     @property
     def max_norm(self) -> float:
-        """Threshold of the norm; may be changed between steps."""
+        """Threshold of the norm; may be changed between steps, for a joint norm between rounds."""
         return self._max_norm
 
     @max_norm.setter
@@ -88,7 +88,16 @@ class GlobalNorm(ClipPolicy):
         return self.max_norm
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember an optimizer whose gradients count."""
+        """Remember an optimizer whose gradients count.
+
+        Raises:
+            ValueError: It was attached: its gradients would be scaled twice.
+        """
+        if self._scale_before in optimizer._optimizer_step_pre_hooks.values():
+            raise ValueError(
+                f"{self!r}: this {type(optimizer).__name__} takes part already by attach(), expected one that does "
+                "not; remove() what attach() returned first"
+            )
         self.unbind(optimizer)
         self._members.append(weakref.ref(optimizer))
 
@@ -113,10 +122,7 @@ class GlobalNorm(ClipPolicy):
         """
         if self.norm_type != 2.0:
             raise ValueError(f"{self!r}: only norms of order 2 can be joint, got norm_type={self.norm_type}")
-        if (
-            getattr(optimizer, "clip", None) is self
-            or self._scale_before in optimizer._optimizer_step_pre_hooks.values()
-        ):
+        if getattr(optimizer, "clip", None) is self:
             raise ValueError(
                 f"{self!r}: this {type(optimizer).__name__} takes part already, expected one that does not: "
                 "gradients would be scaled twice; attach once, and leave optimizers that have the policy as clip= alone"
@@ -124,9 +130,13 @@ class GlobalNorm(ClipPolicy):
         self.bind(optimizer)
         return optimizer.register_step_pre_hook(self._scale_before)
 
+    def together(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+        """All members that are still there."""
+        return [member for ref in self._members if (member := ref()) is not None]
+
     def joint(self, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
         """The block formed of the gradients of all members, for one of them; None with a single member."""
-        members = [member for ref in self._members if (member := ref()) is not None]
+        members = self.together(optimizer)
         if len(members) < 2:
             return None
         if self.norm_type != 2.0:
@@ -180,8 +190,9 @@ class GroupNorm(GlobalNorm):
         """Of this group."""
         return float(group.get("max_norm", self.max_norm))
 
-    def joint(self, optimizer: torch.optim.Optimizer) -> None:
-        """Groups are never measured together."""
+    def together(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+        """Groups are never measured together, let alone optimizers."""
+        return [optimizer]
 
 
 def _grads(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

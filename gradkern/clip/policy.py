@@ -64,6 +64,10 @@ class ClipPolicy:
         """A block of scalars formed with the gradients of other optimizers; None where there are none."""
         return None
 
+    def together(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+        """Optimizers whose gradients are measured with those of one of them, itself among them."""
+        return [optimizer]
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; empty for policies without memory."""
         return {}

@@ -139,11 +139,11 @@ class FusedStepMixin(torch.optim.Optimizer):
     @clip.setter
     def clip(self, value: ClipPolicy | None) -> None:
         self._check_clip(value)
-        if self._clip is not None:
-            self._clip.unbind(self)
-        self._clip = value
         if value is not None:
             value.bind(self)
+        if self._clip is not None and self._clip is not value:
+            self._clip.unbind(self)
+        self._clip = value
         self._gathering.recheck()
 
     @property
@@ -236,7 +236,11 @@ class FusedStepMixin(torch.optim.Optimizer):
         self._fold.add(self._foldable())
 
     def resync(self) -> None:
-        """Let masters follow parameters that were changed by ``.data``, which leaves no trace."""
+        """Look at parameters and state anew, after changes by ``.data``, which leave no trace: masters follow.
+
+        Only masters need it, and state tensors below 16,384 elements that were kept in a list since before the last
+        step; what is read from ``optimizer.state`` between two steps is looked at anyway.
+        """
         self._gathering.doubt_masters(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -325,6 +329,7 @@ class FusedStepMixin(torch.optim.Optimizer):
                 loss = closure()
         try:
             self._in_step = self._gathering.buckets(self)
+            self._gathering.seen()
             if self._in_step:
                 self._update(self._in_step)
         finally:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from weakref import WeakMethod
 
 import torch
+from torch.utils.weak import TensorWeakRef
 
 from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
 from gradkern.ops._kinds import Kinds
@@ -52,8 +53,10 @@ class Bucket:
         steps: Step counters, also of optimizers whose state has none.
         relaid: Whether some gradient lies otherwise in memory than its parameter; ``grads`` then has a copy of it.
         versions: Of parameters with a master after the last step; None where it is not known.
-        held: State, masters and counters of a bucket that kernels update, and ``held_at`` where they lay; those first
-            that would be worth sending elsewhere, ``large`` of them.
+        held: State, masters and counters of a bucket that kernels update, the largest first, and ``held_at`` where they
+            lay; ``large`` of them are looked at before every step.
+        held_kinds: Of all of them, and ``large_kinds`` of those.
+        storages: Of the rest: their addresses stay valid whatever becomes of the tensors.
     """
 
     group: dict[str, Any]
@@ -74,6 +77,9 @@ class Bucket:
     held: list[torch.Tensor] = field(default_factory=list)
     held_at: list[int] = field(default_factory=list)
     large: int = 0
+    held_kinds: Kinds = field(default_factory=Kinds)
+    large_kinds: Kinds = field(default_factory=Kinds)
+    storages: list[torch.UntypedStorage] = field(default_factory=list)
     step_cache: AddressTable = field(default_factory=AddressTable)
     norm_cache: AddressTable = field(default_factory=AddressTable)
 
@@ -87,12 +93,19 @@ class Bucket:
         held = [*self.masters, *self.steps, *chain.from_iterable(self.columns.values())]
         self.held = sorted(held, key=_numel, reverse=True)
         self.held_at = list(map(_data_ptr, self.held))
-        self.large = sum(t.numel() >= _LARGE for t in held)
+        self.large = sum(t.numel() >= _LARGE for t in held) + 1
+        self.held_kinds.remember(self.held)
+        self.large_kinds.remember(self.held[: self.large])
+        self.storages = [t.untyped_storage() for t in self.held[self.large :]]
 
     def lies_still(self, *, surely: bool) -> bool:
-        """Whether everything lies where it did; of small tensors only the largest is looked at unless ``surely``."""
-        count = len(self.held) if surely else self.large + 1
-        return list(map(_data_ptr, self.held[:count])) == self.held_at[:count]
+        """Whether everything lies where and as it did; of small tensors only one is looked at unless ``surely``."""
+        if not self.held or torch.compiler.is_compiling():
+            return True
+        count, kinds = (len(self.held), self.held_kinds) if surely else (self.large, self.large_kinds)
+        looked_at = self.held[:count]
+        # The same address proves nothing: memory that was freed is handed out again, for other shapes and dtypes.
+        return list(map(_data_ptr, looked_at)) == self.held_at[:count] and kinds.are_those_of(looked_at)
 
     def tensors(self) -> dict[str, Sequence[torch.Tensor] | None]:
         """Operands of the step by name."""
@@ -139,7 +152,8 @@ class _GroupPlan:
         """Whether the buckets are those of this step too: so are parameters and state, which lies where it lay.
 
         ``tensor.data = ...`` leaves no trace. Who does that has looked the tensor up just before; or has kept it since
-        an earlier step, and then sends away what is large, or all.
+        an earlier step, and then sends away what is large, or all. What else they might do is not seen, but does no
+        harm: small tensors have their old memory held.
         """
         return (
             self.changes == changes.count
@@ -174,6 +188,8 @@ class Gathered(Protocol):
     state: Any
     param_groups: list[dict[str, Any]]
 
+    _STEP_IN_STATE: bool
+
     def _states(self, group: dict[str, Any]) -> tuple[State, ...]:
         """State of each parameter of a group."""
 
@@ -197,6 +213,8 @@ class Gathering:
         self._in_use = False
         # Steps of optimizers whose state does not count them: kept here, by parameter.
         self._own_steps: dict[torch.Tensor, torch.Tensor] = {}
+        # State made for such, by name: it has begun with the first step that was not skipped.
+        self._made: dict[torch.Tensor, dict[str, TensorWeakRef]] = {}
         # Versions of parameters with a master that take no part in steps for the time being.
         self._left: dict[torch.Tensor, int] = {}
 
@@ -204,6 +222,7 @@ class Gathering:
         """Look at everything anew at the next step; what is not in the state is lost."""
         self._plans = []
         self._own_steps = {}
+        self._made = {}
         self._left = {}
 
     def recheck(self) -> None:
@@ -217,11 +236,13 @@ class Gathering:
 
     def buckets(self, optimizer: Gathered) -> list[Bucket]:
         """The buckets of this step, with their gradients, until :meth:`done`; parameters without one are left out."""
-        if type(optimizer.state) is not WatchedStates:
+        if not self._watches(optimizer.state):
             self._let_go()
             optimizer.state = WatchedStates(optimizer.state, self._changes)
         self._in_use = True
         groups = optimizer.param_groups
+        for plan in self._plans[len(groups) :]:
+            self._leave(plan)
         del self._plans[len(groups) :]
         self._plans.extend(_GroupPlan() for _ in range(len(groups) - len(self._plans)))
         found: list[_Found] = []
@@ -234,12 +255,15 @@ class Gathering:
             optimizer._check(group_found.group, group_found.params, group_found.grads)
         if stale:
             self._plan_anew(optimizer, stale)
-        self._changes.read = False
         buckets: list[Bucket] = []
         for group_found in found:
             self._hand_out(group_found)
             buckets.extend(group_found.plan.buckets)
         return buckets
+
+    def seen(self) -> None:
+        """Everything that was done to the state so far has been found."""
+        self._changes.read = False
 
     def done(self) -> None:
         """After a step: buckets must not keep gradients alive past ``zero_grad()``."""
@@ -259,26 +283,47 @@ class Gathering:
         self._left = {param: param._version for param, _ in _masters(optimizer)}
 
     def doubt_masters(self, optimizer: Gathered) -> None:
-        """Parameters may have been changed in ways that bump no version."""
+        """Parameters may have been changed without a trace; and state, which this looks at, been given other memory."""
         for plan in self._plans:
-            self._leave(plan)
+            for bucket in plan.buckets:
+                bucket.versions = [-1] * len(bucket.masters)
         self._left = {param: -1 for param, _ in _masters(optimizer)}
 
     def before_saving(self, optimizer: Gathered) -> None:
         """Bring the state up to date: masters of changed parameters, and nothing where no step was made."""
+        active: set[int] = set()
         for plan in self._plans:
-            self._leave(plan)
+            for bucket in plan.buckets:
+                if bucket.masters:
+                    self._renew_masters(bucket)
+                    active.update(map(id, bucket.params))
         for param, master in _masters(optimizer):
-            self._follow(param, master, self._left.get(param))
-        names = {state.name for group in optimizer.param_groups for state in optimizer._states(group)}
-        for param, step in self._own_steps.items():
-            state = optimizer.state.get(param)
-            if state and float(step) == 0.0:
-                # All steps were skipped: torch, too, makes a momentum of the first gradient, not of zeros.
-                for name in names & state.keys():
-                    del state[name]
-                if not state:
-                    del optimizer.state[param]
+            if id(param) not in active:  # else it would cost a pass to find what is known
+                self._follow(param, master, self._left.get(param))
+        for param in self._not_begun(optimizer):
+            # All its steps were skipped: torch, too, makes a momentum of the first gradient, not of zeros.
+            state = optimizer.state[param]
+            for name in self._made[param].keys() & state.keys():
+                del state[name]
+            if not state:
+                del optimizer.state[param]
+
+    def _not_begun(self, optimizer: Gathered) -> list[torch.Tensor]:
+        """Parameters whose state is as it was made: no step was counted, and nobody has replaced any of it."""
+        steps = {
+            p: self._own_steps[p]
+            for p, made in self._made.items()
+            if p in self._own_steps and _is_all(made, p, optimizer)
+        }
+        if not steps:
+            return []
+        device = next(iter(steps.values())).device  # one read for all
+        counted = torch.stack([step.to(device) for step in steps.values()]).tolist()
+        return [param for param, count in zip(steps, counted, strict=True) if count == 0.0]
+
+    def _watches(self, state: Any) -> bool:
+        """Whether a dictionary tells this optimizer what is done to it, and not another one, or nobody."""
+        return isinstance(state, (WatchedState, WatchedStates)) and state.changes is self._changes
 
     def _let_go(self) -> None:
         """Hold nothing of a state that is being replaced: moved to another device, its memory is free at once."""
@@ -330,6 +375,7 @@ class Gathering:
             plan.changes = self._changes.count
         present = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._own_steps = {p: step for p, step in self._own_steps.items() if id(p) in present}
+        self._made = {p: made for p, made in self._made.items() if id(p) in present}
         self._left = {p: version for p, version in self._left.items() if id(p) in present}
 
     def _renew_masters(self, bucket: Bucket) -> None:
@@ -386,12 +432,16 @@ class Gathering:
         if not states and not keeps_master and not self._step_in_state:
             return {}  # as in torch, what has no state has no entry
         state: dict[str, Any] = optimizer.state[param]
-        if type(state) is not WatchedState:
+        if not self._watches(state):
             state = optimizer.state[param] = WatchedState(state, self._changes)
         missing = [s for s in states if not isinstance(state.get(s.name), torch.Tensor)]
         if missing or (keeps_master and "master" not in state):
             made = self._precision.new_state(param, missing, kernel=kernel)
-            state.update({name: value for name, value in made.items() if name not in state or state[name] is None})
+            new = {name: value for name, value in made.items() if name not in state or state[name] is None}
+            state.update(new)
+            if missing and not optimizer._STEP_IN_STATE:
+                cell.zero_()  # where steps number random bits only, this one is the first all the same
+                self._made[param] = {s.name: TensorWeakRef(new[s.name]) for s in missing}
         if self._step_in_state:
             state["step"] = cell
         return state
@@ -436,6 +486,7 @@ class Gathering:
             does not count, a parameter that has state is taken to have made a step, and one that has none not.
         """
         params = group["params"]
+        names = [state.name for state in optimizer._states(group)]
         devices = {p.device for p in params}
         alike = len(devices) == 1 and {type(p) for p in params} <= {torch.Tensor, torch.nn.Parameter}
         plan.step_buffer = torch.zeros(len(params), device=params[0].device) if alike else None
@@ -451,8 +502,11 @@ class Gathering:
                     cell.copy_(torch.as_tensor(state["step"]))
                     state["step"] = cell
             elif not self._step_in_state:
-                if state and any(isinstance(value, torch.Tensor) for value in state.values()):
-                    cell.copy_(self._own_steps[param]) if param in self._own_steps else cell.fill_(1.0)
+                if state and any(isinstance(state.get(name), torch.Tensor) for name in names):
+                    if param in self._own_steps:
+                        cell.copy_(self._own_steps[param])
+                    if param not in self._made or not _is_all(self._made[param], param, optimizer):
+                        cell.clamp_(min=1.0)  # the user's own
                 self._own_steps[param] = cell
         return cells
 
@@ -473,6 +527,12 @@ def _masters(optimizer: Gathered) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Parameters that have a master, and it."""
     found = [(param, state.get("master")) for param, state in optimizer.state.items()]
     return [(param, master) for param, master in found if isinstance(master, torch.Tensor)]
+
+
+def _is_all(made: dict[str, TensorWeakRef], param: torch.Tensor, optimizer: Gathered) -> bool:
+    """Whether the state of a parameter still is what was made for it."""
+    state = optimizer.state.get(param) or {}
+    return all(state.get(name) is not None and state[name] is ref() for name, ref in made.items())
 
 
 def _same_layout(tensor: torch.Tensor, param: torch.Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,7 +136,7 @@ class StepScalars:
             self._found_inf_per_device[norm.device] = (~norm.isfinite()).float()
         if late:
             if clip is not None and clip.error_if_nonfinite:
-                self._raise_if_nonfinite(optimizer, clip, buckets)
+                self._raise_if_nonfinite(optimizer, clip)
             self._settle(counters)
         return [block_of[id(bucket)] for bucket in buckets]
 
@@ -166,6 +166,7 @@ class StepScalars:
         if clip is not None and clip.norm_type not in (None, 2.0):
             self._measure_otherwise(clip, block, scope, threshold)
             functional.count_steps_(block, counters, found_inf=found_inf, skip_nonfinite=skip_nonfinite)
+            clip.decide_(block, self.scale)
             return
         partials: list[torch.Tensor] = []
         fresh: list[Bucket] = []  # normed by the kernel that forms the scalars
@@ -207,19 +208,19 @@ class StepScalars:
         for counter in counters:
             counter.add_(1.0 - skip)
 
-    def _raise_if_nonfinite(self, optimizer: torch.optim.Optimizer, clip: ClipPolicy, buckets: list[Bucket]) -> None:
+    def _raise_if_nonfinite(self, optimizer: torch.optim.Optimizer, clip: ClipPolicy) -> None:
         norms = [float(block[layout.NORM]) for block in self.blocks]
         if all(map(math.isfinite, norms)):
             return
-        groups = optimizer.param_groups
-        names = {id(p): name for g in groups for p, name in zip(g["params"], g.get("param_names", ()), strict=False)}
-        numbers = {id(p): i for i, p in enumerate(chain.from_iterable(g["params"] for g in groups))}
-        guilty = [
-            f"{names.get(id(p), f'parameter {numbers[id(p)]}')} {tuple(p.shape)}"
-            for bucket in buckets
-            for p, g in zip(bucket.params, bucket.grads, strict=True)
-            if not bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all())
-        ]
+        guilty = []
+        for member in clip.together(optimizer):
+            owner = "" if member is optimizer else f"{type(member).__name__}'s "
+            number = 0
+            for group in member.param_groups:
+                for name, param in zip_longest(group.get("param_names", ()), group["params"]):
+                    if param.grad is not None and not _is_finite(param.grad):
+                        guilty.append(f"{owner}{name or f'parameter {number}'} {tuple(param.shape)}")
+                    number += 1
         raise RuntimeError(
             f"The total norm of order {clip.norm_type} for gradients from `parameters` is non-finite "
             f"({', '.join(map(str, norms))}), so it cannot be clipped; not finite: {', '.join(guilty)}. To disable "
@@ -235,7 +236,6 @@ class StepScalars:
         coefficient = (threshold / (norm + 1e-6)).clamp(max=1.0) if math.isfinite(threshold) else torch.ones_like(norm)
         block[layout.NORM].copy_(norm)
         set_clip_(block, coefficient, self.scale)
-        clip.decide_(block, self.scale)
 
     def _trusted(self) -> bool:
         """Whether nothing can have changed gradients without a trace.
@@ -283,6 +283,10 @@ class StepScalars:
             sums = functional.sumsq([g for _, g in rest], cache=bucket.norm_cache)
             measured.append(([p for p, _ in rest], sums))
         return measured
+
+
+def _is_finite(grad: torch.Tensor) -> bool:
+    return bool(torch.isfinite(grad.coalesce().values() if grad.is_sparse else grad).all())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

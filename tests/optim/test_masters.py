@@ -85,6 +85,29 @@ def test_a_parameter_without_gradient_takes_its_master_along():
     assert same_bits(opt.state[q]["master"], torch.full((4,), 5.0))
 
 
+def test_a_master_sent_elsewhere_waits_there():
+    p, _, opt = with_master()
+    opt.load_state_dict(opt.state_dict())
+    elsewhere = opt.state[p]["master"].to("meta")
+    opt.state[p]["master"] = elsewhere
+    assert opt.state_dict()["state"][0]["master"] is elsewhere
+
+
+@pytest.mark.parametrize("master", ["fp32", "split16"])
+def test_a_parameter_changed_while_its_group_moves_takes_its_master_along(master):
+    p, q = (nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    opt = gk.AdamW([{"params": [p]}, {"params": [q]}], master=master)
+    for x in (p, q):
+        x.grad = torch.ones_like(x)
+    opt.step()
+    opt.param_groups[0]["params"] += opt.param_groups.pop()["params"]
+    with torch.no_grad():
+        q.fill_(5.0)
+    opt.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    opt.step()
+    assert torch.equal(opt.state[q]["master"].float(), torch.full((4,), 5.0 if master == "fp32" else 0.0))
+
+
 def test_an_fp32_master_keeps_its_bits_where_an_edit_changed_nothing():
     """As where weights are clamped after every step, or swapped for their average and back."""
     ends = []
