@@ -58,6 +58,7 @@ class Plan:
         budget_bytes: The budget it was made for.
         natural_peak_bytes: Peak of a step of the model as it is.
         predicted_peak_bytes: Peak of a step under this plan; a step under it was run and measured.
+        modelled_peak_bytes: The same as the profile of the units alone foretold it.
         least_feasible_bytes: The smallest budget that ``plan`` can meet for this model and batch.
         gap: Bound on how much faster any other choice of units could be, as a fraction of the time of forward
             and backward under the ideal choice. It is proven for a chain of units, one after the other, with the
@@ -69,6 +70,7 @@ class Plan:
     budget_bytes: int
     natural_peak_bytes: int
     predicted_peak_bytes: int
+    modelled_peak_bytes: int
     least_feasible_bytes: int
     gap: float
     units: tuple[UnitPlan, ...]

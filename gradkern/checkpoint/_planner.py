@@ -21,7 +21,7 @@ from gradkern.checkpoint._plan import Plan, UnitPlan
 from gradkern.checkpoint._preserve import Preserved, preserved
 from gradkern.checkpoint._profile import CycleCost, Trial
 from gradkern.checkpoint._recompute import applied_within, uses_cache
-from gradkern.checkpoint._solver import Option, extra_seconds, solve
+from gradkern.checkpoint._solver import Option, extra_seconds, peak_of, solve
 from gradkern.checkpoint._storages import live_bytes, require_cpu, storages_of, tensors_of
 from gradkern.checkpoint._units import HEAD, STEM, WHOLE_MODEL, find_units, unit_module
 from gradkern.errors import PlanInfeasibleError
@@ -58,6 +58,7 @@ class _Outcome:
     least_feasible_bytes: int
     choices: tuple[int, ...] | None
     predicted_peak_bytes: int
+    modelled_peak_bytes: int
     gap: float
 
 
@@ -133,6 +134,7 @@ def plan(
         budget_bytes=budget_bytes,
         natural_peak_bytes=outcome.natural_peak_bytes,
         predicted_peak_bytes=outcome.predicted_peak_bytes,
+        modelled_peak_bytes=outcome.modelled_peak_bytes,
         least_feasible_bytes=outcome.least_feasible_bytes,
         gap=outcome.gap,
         units=_unit_plans(outcome, outcome.choices),
@@ -210,6 +212,7 @@ def _search(
             least_feasible_bytes=found.least_feasible_bytes,
             choices=found.choices,
             predicted_peak_bytes=found.peak_bytes,
+            modelled_peak_bytes=0 if found.choices is None else runs.modelled(options, found.choices, kept.end_bytes),
             gap=(found.extra_s - found.lower_bound_s) / (step_s + found.lower_bound_s),
         )
 
@@ -246,6 +249,10 @@ class _Runs:
     def absolute(self, cycle: CycleCost) -> int:
         """Peak of the step that this cycle belongs to, the optimizer's part included."""
         return self.fixed_bytes + max(cycle.peak_bytes, cycle.end_bytes + self._step_bytes)
+
+    def modelled(self, options: list[list[Option]], choices: tuple[int, ...], end_bytes: int) -> int:
+        """Peak of a step under a choice as the solver sees it; ``end_bytes`` are the gradients'."""
+        return self.fixed_bytes + max(peak_of(options, choices), end_bytes + self._step_bytes)
 
     def know(self, choices: tuple[int, ...], cycle: CycleCost) -> None:
         """Enter a run of one choice for stem, units and head."""
