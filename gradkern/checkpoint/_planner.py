@@ -193,6 +193,9 @@ def _search(
         buffers = {name: _mutated_buffers(model, name, changed) for name in names if name in repeatable}
         trial.warm_up(buffers)
         kept, recomputed = trial.measure(names, {}), trial.measure(names, buffers)
+        if recomputed.grad_bits != kept.grad_bits:
+            buffers = _with_right_gradients(trial, names, buffers, kept)
+            recomputed = trial.measure(names, buffers)
         # A plan turns key/value caches off, so its cycle with everything kept is not that of the model as it is.
         natural = trial.measure(names) if uses_cache(model) else kept
         optimizer_cost = OptimizerCost(0, 0) if optimizer is None else measure_optimizer(optimizer, kept.has_grad)
@@ -215,6 +218,24 @@ def _search(
             modelled_peak_bytes=0 if found.choices is None else runs.modelled(options, found.choices, kept.end_bytes),
             gap=(found.extra_s - found.lower_bound_s) / (step_s + found.lower_bound_s),
         )
+
+
+def _with_right_gradients(
+    trial: Trial, names: list[str], buffers: dict[str, tuple[str, ...]], kept: CycleCost
+) -> dict[str, tuple[str, ...]]:
+    """The units that can be recomputed without a change of any gradient's bits, as ``buffers``.
+
+    Some operators save what they fill only later (``functional.rrelu`` at the end of a unit does), so that recomputing
+    hands something else to backward. Where gradients differ from run to run anyway, nothing can be told.
+    """
+    if trial.measure(names, {}).grad_bits != kept.grad_bits:
+        return buffers
+    right = {
+        name: changed
+        for name, changed in buffers.items()
+        if trial.measure(names, {name: changed}).grad_bits == kept.grad_bits
+    }
+    return right if trial.measure(names, right).grad_bits == kept.grad_bits else {}
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,15 @@ class CycleCost:
         peak_bytes: Largest live bytes, relative to the start of the cycle.
         end_bytes: Live bytes at its end: the gradients.
         has_grad: Parameters that received a gradient.
+        grad_bits: Of every parameter the sum of its gradient's bit patterns, None without one: equal where all
+            gradients are, bit for bit.
     """
 
     spans: tuple[Span, ...]
     peak_bytes: int
     end_bytes: int
     has_grad: frozenset[Tensor]
+    grad_bits: tuple[int | None, ...]
 
 
 class Trial:
@@ -125,9 +128,11 @@ class Trial:
             finally:
                 if was_enabled:
                     gc.enable()
-        has_grad = frozenset(param for param in self.model.parameters() if param.grad is not None)
+        params = list(self.model.parameters())
+        has_grad = frozenset(param for param in params if param.grad is not None)
+        grad_bits = tuple(None if param.grad is None else _bit_sum(param.grad) for param in params)
         self._drop_gradients()
-        return boundaries.read(meter.marks, has_grad)
+        return boundaries.read(meter.marks, has_grad, grad_bits)
 
     def _forward(self) -> None:
         """Run one forward pass."""
@@ -206,7 +211,7 @@ class _Boundaries:
         """The backward of the stem is over."""
         self._backward_span = 0
 
-    def read(self, marks: list[Mark], has_grad: frozenset[Tensor]) -> CycleCost:
+    def read(self, marks: list[Mark], has_grad: frozenset[Tensor], grad_bits: tuple[int | None, ...]) -> CycleCost:
         """Turn the marks of the meter, which must have exited, into costs."""
         marks = marks[1:]  # the first is the meter's own start
         starts: dict[tuple[int, int], int] = {}
@@ -244,7 +249,8 @@ class _Boundaries:
             )
             for span in range(self._head + 1)
         )
-        return CycleCost(spans, max(mark.peak_bytes for mark in marks), marks[-1].live_bytes, has_grad)
+        peak_bytes = max(mark.peak_bytes for mark in marks)
+        return CycleCost(spans, peak_bytes, marks[-1].live_bytes, has_grad, grad_bits)
 
     def _mark(self, interval: _Interval) -> None:
         if self._meter is not None:
@@ -272,6 +278,18 @@ class _Boundaries:
         if span < self._backward_span:
             self._backward_span = span
             self._mark(_Interval(self._micro_batch, span, is_backward=True))
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
+
+def _bit_sum(grad: Tensor) -> int:
+    """Sum of a gradient's bits as integers: differs, but for one case in billions, where any bit does."""
+    if grad.layout != torch.strided:
+        coalesced = grad.coalesce()
+        return _bit_sum(coalesced.values()) + _bit_sum(coalesced.indices())
+    values = torch.view_as_real(grad) if grad.is_complex() else grad
+    return int(values.view(_WORDS[values.itemsize]).sum(dtype=torch.int64))
 
 
 @contextmanager

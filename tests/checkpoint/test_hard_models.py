@@ -245,6 +245,47 @@ def test_units_that_do_not_repeat_are_kept(draw):
     assert kept.recompute_saved_bytes == kept.saved_bytes
 
 
+class EndsInRRelu(nn.Module):
+    """The functional form, which no module gives away: it fills the noise for backward after autograd has saved it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, h):
+        return nn.functional.rrelu(self.linear(h), training=True)
+
+
+def test_a_unit_whose_recomputation_changes_gradients_is_kept_and_no_other():
+    case = chain(lambda block, h: block(h), count=6)
+    for name in ("0", "2"):
+        setattr(case.model.blocks, name, EndsInRRelu())
+    made = least(case)
+    assert {"blocks.0", "blocks.2"}.isdisjoint(recomputed(made))
+    assert "blocks.1" in recomputed(made)
+    assert_trains_alike(case, made)
+
+
+class DriftsInBackward(torch.autograd.Function):
+    """Gradients that no run repeats."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        DriftsInBackward.calls += 1
+        return grad * (1.0 + 1e-3 * DriftsInBackward.calls)
+
+
+def test_gradients_that_no_run_repeats_do_not_keep_everything():
+    case = chain(lambda block, h: DriftsInBackward.apply(block(h)))
+    assert recomputed(least(case))
+
+
 class Unruly(nn.Module):
     """Resizes one buffer, drops one, registers one and changes a third, in its first forward."""
 
