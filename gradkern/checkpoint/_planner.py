@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,6 +71,7 @@ def plan(
     optimizer: torch.optim.Optimizer | None = None,
     accumulate: int = 1,
     recorder: HoldsBytes | None = None,
+    units: str | Sequence[str] = (),
 ) -> Plan:
     """Choose which blocks of a model to recompute in backward so that a whole step fits into ``budget``.
 
@@ -97,6 +98,8 @@ def plan(
         accumulate: Micro-batches a step.
         recorder: Its ``held_bytes()`` count on top as a constant; of those, tensors it has allocated already
             and that the hook counts are not counted twice.
+        units: Patterns over the names in ``model.named_modules()``, such as ``"encoder.layers.*"``, of the modules to
+            decide about; of nested ones the outermost. Default: the repeated blocks that ``plan`` finds.
 
     Returns:
         A plan, not yet applied. More budget never gives a slower plan for the same measured costs.
@@ -106,11 +109,11 @@ def plan(
             that does.
         RuntimeError: A plan is applied to the model or a part of it, or ``transformers`` gradient checkpointing is on.
         TypeError: An argument is of the wrong type.
-        ValueError: ``budget`` does not parse or is not positive, ``accumulate`` is below 1, a tensor lies
-            outside CPU memory, the loss has no gradient, a unit runs in some passes only though the global
-            generators start alike, or the optimizer needs a closure or cannot step as a deep copy (one with
-            attributes of its own, which copies of ``torch.optim.Optimizer`` lack): plan with ``optimizer=None``
-            then and leave room for its state.
+        ValueError: ``budget`` does not parse or is not positive, a pattern in ``units`` matches nothing,
+            ``accumulate`` is below 1, a tensor lies outside CPU memory, the loss has no gradient, a unit runs
+            in some passes only though the global generators start alike, or the optimizer needs a closure or
+            cannot step as a deep copy (one with attributes of its own, which copies of
+            ``torch.optim.Optimizer`` lack): plan with ``optimizer=None`` then and leave room for its state.
 
     Example:
         >>> blocks = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(4)]
@@ -122,7 +125,8 @@ def plan(
     """
     budget_bytes = parse_bytes(budget)
     _check_arguments(model, batch, optimizer, accumulate, recorder)
-    outcome = _search(model, batch, loss_fn, budget_bytes, optimizer, accumulate, recorder)
+    candidates = find_units(model, [units] if isinstance(units, str) else list(units))
+    outcome = _search(model, batch, loss_fn, budget_bytes, optimizer, accumulate, recorder, candidates)
     if outcome.choices is None:
         raise PlanInfeasibleError(
             f"no choice of units to recompute fits into {format_bytes(budget_bytes)} ({budget_bytes} bytes); "
@@ -184,11 +188,12 @@ def _search(
     optimizer: torch.optim.Optimizer | None,
     accumulate: int,
     recorder: HoldsBytes | None,
+    candidates: list[str],
 ) -> _Outcome:
     """Profile, solve and confirm, with the model's state put aside."""
     with preserved(model) as aside, torch.enable_grad():
         trial = Trial(model, batch, loss_fn, accumulate, aside.rewind_generators)
-        names, repeatable = trial.survey(find_units(model))
+        names, repeatable = trial.survey(candidates)
         changed = aside.changed_buffers()
         buffers = {name: _mutated_buffers(model, name, changed) for name in names if name in repeatable}
         trial.warm_up(buffers)

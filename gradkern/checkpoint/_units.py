@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -12,8 +15,10 @@ WHOLE_MODEL = "<model>"
 STEM, HEAD = "<stem>", "<head>"
 
 
-def find_units(model: nn.Module) -> list[str]:
+def find_units(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
     """Return the dotted names of the modules that a person would call the model's blocks.
+
+    Where there are ``patterns``, as of files, the outermost modules whose names match one of them. Else:
 
     1. Repeated blocks: children of one class, at least two, of a ``ModuleList`` or ``Sequential``, that have
        parameters and children of their own; and every layer that ``transformers`` marks as a
@@ -22,7 +27,12 @@ def find_units(model: nn.Module) -> list[str]:
     3. Without those: the model as one unit, ``WHOLE_MODEL``.
 
     The order is that of registration; what runs in which order only a forward pass shows.
+
+    Raises:
+        ValueError: A pattern matches no module.
     """
+    if patterns:
+        return _matching(model, patterns)
     blocks = _blocks_below(model, "")
     if blocks:
         return blocks
@@ -42,6 +52,28 @@ def unit_module(model: nn.Module, name: str) -> nn.Module:
         AttributeError: The model has no module of that name.
     """
     return model if name == WHOLE_MODEL else model.get_submodule(name)
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the outermost modules that match."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"units: no module of this {type(model).__name__} matches {pattern!r}, expected a pattern over the "
+                f"names in model.named_modules(), such as {_nearest(pattern, names)!r}"
+            )
+    found: list[str] = []
+    for name in names:  # parents come before their children
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if not inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            found.append(name)
+    return found
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+    """A name that the user may have meant."""
+    return next(iter(difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)), "")
 
 
 def _blocks_below(module: nn.Module, prefix: str) -> list[str]:

@@ -268,3 +268,31 @@ def test_str_is_a_table(mlp_case):
     for word in ("natural peak", "budget", "predicted peak", "least feasible", "gap", "<head>", "keep"):
         assert word in text
     assert len(text.splitlines()) == 7 + len(made.units)
+
+
+def unit_names(made):
+    return [unit.name for unit in made.units[1:-1]]
+
+
+def test_units_may_be_named_by_patterns():
+    case = mlp()
+    assert unit_names(plan_for(case, "1 GiB")) == ["1", "2", "3", "4", "5"]
+    by_hand = plan_for(case, "1 GiB", units=["[12]", "4.*"])
+    assert unit_names(by_hand) == ["1", "2", "4.0", "4.1", "4.2", "4.3"]
+    tight = plan_for(case, by_hand.least_feasible_bytes, units=["[12]", "4.*"])
+    assert any(unit.option == "recompute" for unit in tight.units)
+    tight.apply(case.model)
+    case.cycle()
+    tight.remove(case.model)
+
+
+def test_of_nested_modules_the_outermost_are_units():
+    case = mlp()
+    assert unit_names(plan_for(case, "1 GiB", units="3*")) == ["3"]
+    assert unit_names(plan_for(case, "1 GiB", units=["*", "3.0"])) == ["0", "1", "2", "3", "4", "5", "6"]
+
+
+def test_a_pattern_without_a_module_names_one_that_was_perhaps_meant():
+    case = mlp()
+    with pytest.raises(ValueError, match=r"no module of this Sequential matches '5\.9', .* such as '5\.\d'"):
+        plan_for(case, "1 GiB", units=["1", "5.9"])
