@@ -9,24 +9,16 @@ from itertools import accumulate, chain
 import torch
 
 from gradkern import _native
-from gradkern.checkpoint._solver import Chain, Found, Option, ReferenceChain
+from gradkern.checkpoint._solver import Chain, Found, Option, ReferenceChain, check_units
 
 __all__ = ["NativeChain", "fastest_chain"]
 
 
 class NativeChain:
-    """As ``ReferenceChain``, to the same answers.
-
-    Args:
-        units: Options of each unit, in forward order.
-
-    Raises:
-        ValueError: A unit has no option.
-    """
+    """As ``ReferenceChain``, to the same answers."""
 
     def __init__(self, units: Sequence[Sequence[Option]]) -> None:
-        if not all(units):
-            raise ValueError("every unit needs at least one option, got a unit without")
+        check_units(units)
         options = list(chain.from_iterable(units))
         first = list(accumulate(map(len, units), initial=0))
         self._columns = (

@@ -29,7 +29,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Chain", "Found", "Option", "ReferenceChain", "Solution", "extra_seconds", "peak_of", "solve"]
+__all__ = ["Chain", "Found", "Option", "ReferenceChain", "Solution", "check_units", "extra_seconds", "peak_of", "solve"]
 
 DEFAULT_STATES = 4096
 
@@ -98,6 +98,16 @@ class Chain(Protocol):
         """The cheapest choice that fits, with at most so many states a unit; None where none fits."""
 
 
+def check_units(units: Sequence[Sequence[Option]]) -> None:
+    """Refuse a unit without options.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if not all(units):
+        raise ValueError("every unit needs at least one option, got a unit without")
+
+
 def peak_of(units: Sequence[Sequence[Option]], choices: Sequence[int]) -> int:
     """Return the exact peak in bytes of one choice."""
     prefix = peak = 0
@@ -157,8 +167,7 @@ class ReferenceChain:
     """
 
     def __init__(self, units: Sequence[Sequence[Option]]) -> None:
-        if not all(units):
-            raise ValueError("every unit needs at least one option, got a unit without")
+        check_units(units)
         self._units = units
         # One row a unit; where it has fewer options than others, more that take forever.
         shape = len(units), max(map(len, units), default=0)
