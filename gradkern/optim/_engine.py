@@ -25,7 +25,8 @@ from gradkern.ops._step.codecs import GradTransform
 from gradkern.ops._step.rule import Codecs, State
 from gradkern.ops._step.spec import StepOp
 from gradkern.ops.step_scalars import reference as layout
-from gradkern.optim._gather import Bucket, Gathering, kernels_can_update
+from gradkern.optim._buckets import Bucket
+from gradkern.optim._gather import Gathering, kernels_can_update
 from gradkern.optim._hyper import HyperBlock
 from gradkern.optim._overlap import check_overlap
 from gradkern.optim._precision import Precision

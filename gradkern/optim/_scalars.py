@@ -19,7 +19,7 @@ from gradkern.ops.step_scalars import reference as layout
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradkern.optim._gather import Bucket
+    from gradkern.optim._buckets import Bucket
 
 __all__ = ["StepScalars"]
 

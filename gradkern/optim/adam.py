@@ -11,8 +11,8 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from gradkern.ops.adamw_step.reference import AMSGRAD, COUPLED, adamw_scalars
 from gradkern.ops.adamw_step.spec import STEP
+from gradkern.optim._buckets import Bucket
 from gradkern.optim._engine import EngineOptions, FusedStepMixin
-from gradkern.optim._gather import Bucket
 from gradkern.step_event import ParamStep
 
 if TYPE_CHECKING:

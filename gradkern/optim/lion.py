@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradkern.ops.lion_step.spec import STEP
+from gradkern.optim._buckets import Bucket
 from gradkern.optim._engine import EngineOptions, FusedStepMixin
-from gradkern.optim._gather import Bucket
 from gradkern.step_event import ParamStep
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from gradkern.ops.sgd_step.reference import MOMENTUM, NESTEROV, sgd_scalars
 from gradkern.ops.sgd_step.spec import STEP
+from gradkern.optim._buckets import Bucket
 from gradkern.optim._engine import EngineOptions, FusedStepMixin
-from gradkern.optim._gather import Bucket
 from gradkern.step_event import ParamStep
 
 if TYPE_CHECKING:
