@@ -16,10 +16,13 @@ def test_the_suite_tells_what_plans_promise_and_keep(monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "ARCHITECTURES", {"mlp": mlp})
     monkeypatch.setattr(checkpoint, "CHAINS", ((6, 2),))
     monkeypatch.setattr(checkpoint, "BUDGETS", 3)
+    monkeypatch.setattr(checkpoint, "EXECUTED", ("mlp",))
     report = Report("checkpoint", torch.device("cpu"))
     checkpoint.run(report, rounds=7)
     assert capsys.readouterr().out.count("\n") == len(report.records)
     values = {(record["case"], record["metric"]): record["value"] for record in report.records}
+    assert values["mlp", "plans_executed"] == 2**6
+    assert values["mlp", "units_recomputed_in_excess"] >= 0
     assert values["mlp", "runs"] == 3
     assert values["mlp", "budget_violations"] == values["all models", "budget_violations"] == 0
     assert values["mlp", "gradients_bit_equal"] == 1.0
