@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
 
 from gradkern.ops._kinds import Kinds
+from gradkern.ops._step.codecs import param_dtypes, state_dtype
 from gradkern.ops._step.rule import Codecs, State
 from gradkern.ops._table import AddressTable, Operands
 from gradkern.optim._state import Changes
@@ -24,6 +26,7 @@ _data_ptr = torch.Tensor.data_ptr
 _numel = torch.Tensor.numel
 _is_contiguous = torch.Tensor.is_contiguous
 _stride = torch.Tensor.stride
+_shape = attrgetter("shape")
 
 _LARGE = 1 << 14
 """Elements of a tensor whose update takes so much longer than a look at its address that every step can afford one."""
@@ -46,7 +49,7 @@ class Bucket:
         versions: Of parameters with a master after the last step; None where it is not known.
         held: State, masters and counters of a bucket that kernels update, the largest first, and ``held_at`` where they
             lay; ``large`` of them are looked at before every step.
-        held_kinds: Of all of them, and ``large_kinds`` of those.
+        large_kinds: Of those.
         storages: Of the rest: their addresses stay valid whatever becomes of the tensors.
     """
 
@@ -68,7 +71,6 @@ class Bucket:
     held: list[torch.Tensor] = field(default_factory=list)
     held_at: list[int] = field(default_factory=list)
     large: int = 0
-    held_kinds: Kinds = field(default_factory=Kinds)
     large_kinds: Kinds = field(default_factory=Kinds)
     storages: list[torch.UntypedStorage] = field(default_factory=list)
     step_cache: AddressTable = field(default_factory=AddressTable)
@@ -85,18 +87,36 @@ class Bucket:
         self.held = sorted(held, key=_numel, reverse=True)
         self.held_at = list(map(_data_ptr, self.held))
         self.large = sum(t.numel() >= _LARGE for t in held) + 1
-        self.held_kinds.remember(self.held)
         self.large_kinds.remember(self.held[: self.large])
         self.storages = [t.untyped_storage() for t in self.held[self.large :]]
 
-    def lies_still(self, *, surely: bool) -> bool:
+    def lies_still(self, *, surely: bool, same_kinds: bool) -> bool:
         """Whether everything lies where and as it did; of small tensors only one is looked at unless ``surely``."""
         if not self.held or torch.compiler.is_compiling():
             return True
-        count, kinds = (len(self.held), self.held_kinds) if surely else (self.large, self.large_kinds)
-        looked_at = self.held[:count]
+        count = len(self.held) if surely else self.large
+        if list(map(_data_ptr, self.held[:count])) != self.held_at[:count]:
+            return False
+        if surely:
+            self.settled = False  # the table looks at what may have become of it
+            return not same_kinds or self._is_laid_as_params()
         # The same address proves nothing: memory that was freed is handed out again, for other shapes and dtypes.
-        return list(map(_data_ptr, looked_at)) == self.held_at[:count] and kinds.are_those_of(looked_at)
+        return self.large_kinds.are_those_of(self.held[:count])
+
+    def _is_laid_as_params(self) -> bool:
+        """Whether states and masters still are of the dtypes of the codecs, and laid out as their parameters."""
+        if self.codecs is None:
+            return True
+        state, (_, master) = state_dtype(self.codecs.state), param_dtypes(self.codecs.param)
+        kept = [(self.columns[f"{rule_state.name}s"], state) for rule_state in self.states]
+        if master is not None:
+            kept.append((self.masters, master))
+        return all(
+            set(map(_dtype, column)) == {dtype}
+            and all(map(eq, map(_shape, column), map(_shape, self.params)))
+            and all(map(eq, map(_stride, column), map(_stride, self.params)))
+            for column, dtype in kept
+        )
 
     def tensors(self) -> dict[str, Sequence[torch.Tensor] | None]:
         """Operands of the step by name."""
@@ -139,7 +159,7 @@ class GroupPlan:
             bucket.settled = False  # until they have passed the checks of a step, which may not reach them at once
         return False
 
-    def holds(self, key: object, changes: Changes) -> bool:
+    def holds(self, key: object, changes: Changes, *, same_kinds: bool) -> bool:
         """Whether the buckets are those of this step too: so are parameters and state, which lies where it lay.
 
         ``tensor.data = ...`` leaves no trace. Who does that has looked the tensor up just before; or has kept it since
@@ -149,7 +169,7 @@ class GroupPlan:
         return (
             self.changes == changes.count
             and self.key == key
-            and all(bucket.lies_still(surely=changes.read) for bucket in self.buckets)
+            and all(bucket.lies_still(surely=changes.read, same_kinds=same_kinds) for bucket in self.buckets)
         )
 
     def counters(self) -> list[torch.Tensor]:

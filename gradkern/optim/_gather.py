@@ -107,7 +107,7 @@ class Gathering:
         for group, plan in zip(groups, self._plans, strict=True):
             found.append(self._find(optimizer, group, plan, first_id))
             first_id += len(group["params"])
-        stale = [f for f in found if not f.plan.holds(f.key, self._changes)]
+        stale = [f for f in found if not f.plan.holds(f.key, self._changes, same_kinds=f.same_kinds)]
         for group_found in stale:
             optimizer._check(group_found.group, group_found.params, group_found.grads)
         if stale:
@@ -285,23 +285,25 @@ class Gathering:
     def _state_of(
         self, optimizer: Gathered, param: torch.Tensor, cell: torch.Tensor, states: tuple[State, ...], *, kernel: bool
     ) -> dict[str, Any]:
+        """The state of a parameter, completed; a plain copy, which is read without looking as if the user did."""
         keeps_master = kernel and param_dtypes(self._precision.param_codec(param.dtype))[1] is not None
         if not states and not keeps_master and not self._step_in_state:
             return {}  # as in torch, what has no state has no entry
         state: dict[str, Any] = optimizer.state[param]
         if not self._watches(state):
             state = optimizer.state[param] = WatchedState(state, self._changes)
-        missing = [s for s in states if not isinstance(state.get(s.name), torch.Tensor)]
-        if missing or (keeps_master and "master" not in state):
+        plain = dict(state)
+        missing = [s for s in states if not isinstance(plain.get(s.name), torch.Tensor)]
+        if missing or (keeps_master and "master" not in plain):
             made = self._precision.new_state(param, missing, kernel=kernel)
-            new = {name: value for name, value in made.items() if name not in state or state[name] is None}
+            new = {name: value for name, value in made.items() if plain.get(name) is None}
             state.update(new)
             if missing and not optimizer._STEP_IN_STATE:
                 cell.zero_()  # where steps number random bits only, this one is the first all the same
                 self._made[param] = {s.name: TensorWeakRef(new[s.name]) for s in missing}
-        if self._step_in_state:
+        if self._step_in_state and plain.get("step") is not cell:
             state["step"] = cell
-        return state
+        return dict(state)
 
     def _codecs(
         self,
@@ -352,8 +354,9 @@ class Gathering:
             cells = plan.step_buffer.unbind()
         else:
             cells = [torch.tensor(0.0, device=p.device) for p in params]  # a fake tensor made so knows its number
+        states = dict(optimizer.state)
         for cell, param in zip(cells, params, strict=True):
-            state = optimizer.state.get(param)
+            state = states.get(param)
             if state and self._step_in_state:
                 if "step" in state:
                     cell.copy_(torch.as_tensor(state["step"]))
@@ -371,13 +374,7 @@ class Gathering:
 def kernels_can_update(param: torch.Tensor, grad: torch.Tensor) -> bool:
     """Whether kernels can walk a parameter, and its gradient too once it is laid out as the parameter is."""
     plain = type(grad) in (torch.Tensor, torch.nn.Parameter) and grad.layout == torch.strided
-    return (
-        kernel_can_read(param)
-        and param.device.type != "meta"
-        and plain
-        and grad.dtype in DTYPE_CODES
-        and grad.shape == param.shape
-    )
+    return kernel_can_read(param) and plain and grad.dtype in DTYPE_CODES and grad.shape == param.shape
 
 
 def _masters(optimizer: Gathered) -> list[tuple[torch.Tensor, torch.Tensor]]:

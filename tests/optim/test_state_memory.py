@@ -326,3 +326,32 @@ def test_state_taken_over_from_another_optimizer_is_ones_own(how):
         second.step()
         results.append(p.detach())
     assert torch.allclose(*results)
+
+
+def test_a_large_tensor_kept_since_an_earlier_step_and_laid_otherwise_is_seen():
+    """At the address where it lay."""
+    ends = []
+    for cls in (torch.optim.AdamW, gk.AdamW):
+        p = nn.Parameter(torch.ones(128, 128))
+        p.grad = torch.arange(float(1 << 14)).view(128, 128)
+        opt = cls([p])
+        opt.step()
+        kept = opt.state[p]["exp_avg"]
+        opt.step()
+        kept.data = kept.data.t()
+        opt.step()
+        ends.append(p.detach())
+    assert torch.allclose(*ends)
+
+
+def test_block_exponents_cut_short_are_refused():
+    p = one(size=200)
+    opt = gk.AdamW([p], state="int8")
+    for _ in range(2):
+        opt.step()
+    scale = opt.state[p]["exp_avg_scale"]
+    scale.data = scale.data[:3]
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=r"exp_avg_scales.* has 3 elements, expected 4"):
+        opt.step()
+    assert same_bits(p.detach(), before)
