@@ -84,6 +84,46 @@ def _solver(report: Report, units: int, options: int, rounds: int) -> None:
     report.add(case, "gradkern", "more_capacity_cost_more", slower, "")
 
 
+class _Training:
+    """A model in training, beyond its first step, which makes the optimizer's state."""
+
+    def __init__(self, made: Architecture) -> None:
+        self._made = made
+        self._optimizer = torch.optim.AdamW(made.model.parameters())
+        self.free = self.plan("64 GiB")
+        self.step()
+
+    def plan(self, budget: int | str) -> Plan:
+        """Planned anew, not applied."""
+        return gk.checkpoint.plan(*self._made, budget=budget, optimizer=self._optimizer)
+
+    def budgets(self) -> list[int]:
+        """From a tenth above the least that fits to what the model needs by itself."""
+        least, natural = self.free.least_feasible_bytes, self.free.natural_peak_bytes
+        return [least + (natural - least) * k // BUDGETS for k in range(1, BUDGETS + 1)]
+
+    def step(self) -> None:
+        """One step, as in a training loop."""
+        compute_loss(*self._made).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def holds(self, budget: int) -> bool:
+        """Whether the second of two steps stays within the budget."""
+        self.step()
+        try:
+            with gk.checkpoint.enforce(budget, model=self._made.model, optimizer=self._optimizer):
+                self.step()
+        except BudgetExceededError:
+            self._optimizer.zero_grad()
+            return False
+        return True
+
+    def peak_bytes(self) -> int:
+        """Of a step."""
+        return gk.checkpoint.measure_peak(self.step, model=self._made.model, optimizer=self._optimizer).peak_bytes
+
+
 class _Run:
     """One model under one budget."""
 
@@ -96,67 +136,39 @@ class _Run:
 
 
 def _model(report: Report, name: str, made: Architecture) -> list[_Run]:
-    model, batch, loss_fn = made
-    optimizer = torch.optim.AdamW(model.parameters())
-    planned = partial(gk.checkpoint.plan, model, batch, loss_fn, optimizer=optimizer)
-    free = planned(budget="64 GiB")
-
-    def step() -> None:
-        compute_loss(model, batch, loss_fn).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()  # makes the state
-    least, natural = free.least_feasible_bytes, free.natural_peak_bytes
+    training = _Training(made)
     runs = []
-    for k in range(1, BUDGETS + 1):
-        plan = planned(budget=least + (natural - least) * k // BUDGETS)
-        plan.apply(model)
-        step()
-        try:
-            with gk.checkpoint.enforce(plan.budget_bytes, model=model, optimizer=optimizer):
-                step()
-            is_held = True
-        except BudgetExceededError:
-            is_held = False
-            optimizer.zero_grad()
-        measured = gk.checkpoint.measure_peak(step, model=model, optimizer=optimizer).peak_bytes
-        plan.remove(model)
+    for budget in training.budgets():
+        plan = training.plan(budget)
+        plan.apply(made.model)
+        is_held = training.holds(budget)
+        measured = training.peak_bytes()
+        plan.remove(made.model)
         runs.append(_Run(plan, measured, is_held=is_held))
     _summary(report, name, runs)
+    least, natural = training.free.least_feasible_bytes, training.free.natural_peak_bytes
     report.add(name, "gradkern", "least_of_natural", 100 * least / natural, "%")
-    report.add(name, "gradkern", "gradients_bit_equal", float(_is_bit_equal(made, planned(budget=least))), "")
+    report.add(name, "gradkern", "gradients_bit_equal", float(_is_bit_equal(made, training.plan(least))), "")
     return runs
 
 
 def _against_all(report: Report, name: str, made: Architecture) -> None:
     """Whether a plan is the best of all plans, every one of them run: the units it recomputes against the fewest."""
-    model, batch, loss_fn = made
-    optimizer = torch.optim.AdamW(model.parameters())
-    planned = partial(gk.checkpoint.plan, model, batch, loss_fn, optimizer=optimizer)
-    free = planned(budget="64 GiB")
-
-    def step() -> None:
-        compute_loss(model, batch, loss_fn).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    stem, *units, head = free.units
+    training = _Training(made)
+    stem, *units, head = training.free.units
     fewest: dict[int, int] = {}  # by peak, the units that the cheapest plan of that peak recomputes
     for choice in product(("keep", "recompute"), repeat=len(units)):
         chosen = [replace(unit, option=option) for unit, option in zip(units, choice, strict=True)]
-        plan = replace(free, units=(stem, *chosen, head))
-        plan.apply(model)
-        step()
-        peak = gk.checkpoint.measure_peak(step, model=model, optimizer=optimizer).peak_bytes
-        plan.remove(model)
+        plan = replace(training.free, units=(stem, *chosen, head))
+        plan.apply(made.model)
+        training.step()
+        peak = training.peak_bytes()
+        plan.remove(made.model)
         count = choice.count("recompute")
         fewest[peak] = min(count, fewest.get(peak, count))
     ours, best = [], []
-    for k in range(1, BUDGETS + 1):
-        budget = free.least_feasible_bytes + (free.natural_peak_bytes - free.least_feasible_bytes) * k // BUDGETS
-        ours.append(sum(unit.option == "recompute" for unit in planned(budget=budget).units))
+    for budget in training.budgets():
+        ours.append(sum(unit.option == "recompute" for unit in training.plan(budget).units))
         best.append(min(count for peak, count in fewest.items() if peak <= budget))
     report.add(name, "gradkern", "plans_executed", 2 ** len(units), "")
     report.add(name, "gradkern", "best_of_all_executed", 100 * statistics.fmean(map(int.__eq__, ours, best)), "%")

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradkern import functional
 from gradkern.grad_fold import GradFold, GradMeter, distributed, fold_list_, known_partials
-from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
+from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read, laid_alike
 from gradkern.ops._table import AddressTable
 from gradkern.ops.step_scalars import reference as scalar_layout
 
@@ -287,7 +287,7 @@ class GradAccumulator:
     def _check_shown(self, given: Sequence[torch.Tensor], shown: Sequence[torch.Tensor | None]) -> None:
         """Each launch checks its own operands, but only this keeps the first from folding what the next refuses."""
         for i, (grad, main_grad) in enumerate(zip(given, shown, strict=True)):
-            if main_grad is not None and not _laid_alike(main_grad, grad):
+            if main_grad is not None and not laid_alike(main_grad, grad):
                 raise ValueError(
                     f"GradAccumulator.accumulate_: gradient {i} has shape {tuple(grad.shape)}, stride {grad.stride()}, "
                     f"the p.grad that it is added to has shape {tuple(main_grad.shape)}, stride {main_grad.stride()}, "
@@ -331,13 +331,6 @@ class GradAccumulator:
         scalars = functional.new_scalars(self._params[0].device)
         functional.step_scalars_(scalars, [], partials, max_norm=max_norm)
         return scalars
-
-
-def _laid_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Strides of dimensions of size one mean nothing."""
-    return a.shape == b.shape and all(
-        size == 1 or one == other for size, one, other in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
 
 
 def _wide_grads(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:

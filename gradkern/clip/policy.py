@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gradkern.ops._step.codecs import GradTransform
-from gradkern.ops.step_scalars.reference import CLIP_COEF, GRAD_MULTIPLIER, NORM, SKIP
+from gradkern.ops.step_scalars.reference import CLIP_COEF, GRAD_MULTIPLIER, SKIP
 
 __all__ = ["ClipPolicy", "Units", "set_clip_"]
 
@@ -97,8 +97,3 @@ def set_clip_(
     scalars[GRAD_MULTIPLIER].copy_((coefficient / scale).float())
     if skip is not None:
         scalars[SKIP].copy_(torch.maximum(scalars[SKIP], skip.to(scalars.dtype)))
-
-
-def norm_of(scalars: torch.Tensor) -> torch.Tensor:
-    """The norm that a block holds: 0-dim fp64 view."""
-    return scalars[NORM]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["CHUNK", "DTYPE_CODES", "chunk_count", "flat_view", "is_dense", "kernel_can_read"]
+__all__ = ["CHUNK", "DTYPE_CODES", "chunk_count", "flat_view", "is_dense", "kernel_can_read", "laid_alike"]
 
 CHUNK = 4096
 """Elements in one chunk; ``kChunk`` in ``csrc/cpu/kernels.h``."""
@@ -30,6 +30,13 @@ def is_dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def laid_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape lie alike: strides of dimensions of size one lead nowhere."""
+    return a.shape == b.shape and all(
+        size == 1 or one == other for size, one, other in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
 
 
 def flat_view(tensor: torch.Tensor) -> torch.Tensor:

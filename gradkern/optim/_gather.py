@@ -11,7 +11,7 @@ from weakref import WeakMethod
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read
+from gradkern.ops._chunks import DTYPE_CODES, kernel_can_read, laid_alike
 from gradkern.ops._step.codecs import ParamCodec, StateCodec, param_dtypes
 from gradkern.ops._step.columns import scales_of
 from gradkern.ops._step.rule import Codecs, State
@@ -396,6 +396,6 @@ def _same_layout(tensor: torch.Tensor, param: torch.Tensor) -> bool:
 def _laid_as(grad: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     if grad.stride() == param.stride():
         return grad
-    if all(a == b or size == 1 for size, a, b in zip(param.shape, grad.stride(), param.stride(), strict=True)):
+    if laid_alike(grad, param):
         return grad.as_strided(param.shape, param.stride())  # autograd does not care for strides that lead nowhere
     return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)

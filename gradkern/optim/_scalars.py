@@ -164,7 +164,7 @@ class StepScalars:
             functional.count_steps_(block, counters, found_inf=found_inf, skip_nonfinite=skip_nonfinite)
             return
         if clip is not None and clip.norm_type not in (None, 2.0):
-            self._measure_otherwise(clip, block, scope, threshold)
+            self._measure_otherwise(block, scope, threshold)
             functional.count_steps_(block, counters, found_inf=found_inf, skip_nonfinite=skip_nonfinite)
             clip.decide_(block, self.scale)
             return
@@ -227,11 +227,10 @@ class StepScalars:
             "this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
         )
 
-    def _measure_otherwise(self, clip: ClipPolicy, block: torch.Tensor, scope: list[Bucket], threshold: float) -> None:
+    def _measure_otherwise(self, block: torch.Tensor, scope: list[Bucket], threshold: float) -> None:
         """Norms of another order than 2, by one pass over the gradients."""
-        order = 2.0 if clip.norm_type is None else clip.norm_type
-        norm = norm_of_order([g for bucket in scope for g in bucket.grads], order)
-        if order != 0.0:  # which counts, and does not measure
+        norm = norm_of_order([g for bucket in scope for g in bucket.grads], self._norm_type)
+        if self._norm_type != 0.0:  # which counts, and does not measure
             norm = norm / self.scale
         coefficient = (threshold / (norm + 1e-6)).clamp(max=1.0) if math.isfinite(threshold) else torch.ones_like(norm)
         block[layout.NORM].copy_(norm)
