@@ -131,7 +131,7 @@ class _Run:
         self.predicted = plan.predicted_peak_bytes / measured_bytes
         self.modelled = plan.modelled_peak_bytes / measured_bytes
         self.used = measured_bytes / plan.budget_bytes
-        self.recomputes = any(unit.option == "recompute" for unit in plan.units)
+        self.recomputes = any(unit.option != "keep" for unit in plan.units)
         self.is_held = is_held
 
 
@@ -168,7 +168,7 @@ def _against_all(report: Report, name: str, made: Architecture) -> None:
         fewest[peak] = min(count, fewest.get(peak, count))
     ours, best = [], []
     for budget in training.budgets():
-        ours.append(sum(unit.option == "recompute" for unit in training.plan(budget).units))
+        ours.append(sum(unit.option != "keep" for unit in training.plan(budget).units))
         best.append(min(count for peak, count in fewest.items() if peak <= budget))
     report.add(name, "gradkern", "plans_executed", 2 ** len(units), "")
     report.add(name, "gradkern", "best_of_all_executed", 100 * statistics.fmean(map(int.__eq__, ours, best)), "%")

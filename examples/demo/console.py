@@ -41,7 +41,7 @@ def print_setup(console: Console, setup: Setup) -> None:
 
 def print_plan(console: Console, plan: gk.checkpoint.Plan) -> None:
     """Print which units the plan recomputes."""
-    recomputed = [unit.name for unit in plan.units if unit.option == "recompute"]
+    recomputed = [unit.name for unit in plan.units if unit.option != "keep"]
     console.print(
         f"plan for {mib(plan.budget_bytes)}: recompute {len(recomputed)} of {len(plan.units)} units "
         f"({', '.join(recomputed) or 'none'})",

@@ -5,12 +5,14 @@ from __future__ import annotations
 from gradkern.checkpoint._allocator import allocator_unavailable_reason
 from gradkern.checkpoint._bytes import parse_bytes
 from gradkern.checkpoint._peak import Peak, enforce, measure_peak
-from gradkern.checkpoint._plan import Plan, UnitPlan
+from gradkern.checkpoint._plan import Plan
 from gradkern.checkpoint._planner import plan
+from gradkern.checkpoint._unit_plan import UnitOption, UnitPlan
 
 __all__ = [
     "Peak",
     "Plan",
+    "UnitOption",
     "UnitPlan",
     "allocator_unavailable_reason",
     "enforce",

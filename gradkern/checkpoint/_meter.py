@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import time
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.autograd.profiler import record_function
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from gradkern.checkpoint._allocator import CountingAllocator, load_allocator
+from gradkern.checkpoint._storages import dense_parts
 from gradkern.errors import BackendUnavailableError
 
-__all__ = ["Mark", "Meter", "interval_peak", "make_meter"]
+__all__ = ["Machine", "Mark", "Meter", "Source", "interval_peak", "make_meter"]
+
+# Of an operator's calls, to find what selective checkpointing adds to one.
+_CALLS, _TIMED = 50, 5
 
 
 class Mark(NamedTuple):
@@ -53,6 +62,62 @@ class Meter(Protocol):
     def mark(self) -> None:
         """Close the current interval and begin the next."""
 
+    def bytes_of(self, tensor: Tensor) -> int:
+        """Bytes that it counts for a tensor that has a storage of its own."""
+
+
+class Source(Protocol):
+    """Where costs are read: from the machine that runs, or from a simulation of another."""
+
+    compares_bits: bool
+    """Whether tensors hold values."""
+
+    @property
+    def select_s(self) -> float:
+        """Seconds that recomputing but for some outputs adds for every operator, forward and again together."""
+
+    def meter(self) -> Meter:
+        """A new meter."""
+
+    def clock(self) -> float:
+        """Seconds."""
+
+
+class Machine:
+    """This machine's own memory and clock."""
+
+    compares_bits = True
+
+    @property
+    def select_s(self) -> float:
+        """Seconds for an operator under torch's selective checkpointing, twice; measured once."""
+        return _select_seconds()
+
+    def meter(self) -> Meter:
+        """Return what counts CPU memory."""
+        return make_meter()
+
+    def clock(self) -> float:
+        """Return a monotonic time."""
+        return time.perf_counter()
+
+
+@functools.cache
+def _select_seconds() -> float:
+    """Least of a few measurements: an operator of next to no work, with and without the modes around it."""
+    value = torch.zeros(8)
+    least = {True: math.inf, False: math.inf}
+    for is_selective in (False, True) * _TIMED:
+        with ExitStack() as stack:
+            if is_selective:
+                forward, _ = create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+                stack.enter_context(forward)
+            start_s = time.perf_counter()
+            for _ in range(_CALLS):
+                value.neg()
+            least[is_selective] = min(least[is_selective], time.perf_counter() - start_s)
+    return 2 * max(0.0, least[True] - least[False]) / _CALLS
+
 
 def make_meter() -> Meter:
     """Return a meter that uses the allocator hook where it is available, else the profiler."""
@@ -62,7 +127,15 @@ def make_meter() -> Meter:
         return ProfilerMeter()
 
 
-class AllocatorMeter:
+class _CountsAll:
+    """Counts every byte of a tensor."""
+
+    def bytes_of(self, tensor: Tensor) -> int:
+        """Bytes of its dense parts."""
+        return sum(part.untyped_storage().nbytes() for part in dense_parts(tensor))
+
+
+class AllocatorMeter(_CountsAll):
     """Counts with the allocator hook: exact, and blind to nothing that torch allocates on the CPU."""
 
     source: Literal["allocator", "profiler"] = "allocator"
@@ -96,7 +169,7 @@ class AllocatorMeter:
         self.marks.append(Mark(live, peak, time.perf_counter()))
 
 
-class ProfilerMeter:
+class ProfilerMeter(_CountsAll):
     """Counts by the allocation events of ``torch.profiler``: same bytes, slower, known only afterwards.
 
     Frees of blocks allocated before the meter started carry no size in torch's events and are not seen.

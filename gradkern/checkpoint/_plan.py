@@ -4,50 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from gradkern.checkpoint._bytes import format_bytes
+from gradkern.checkpoint._bytes import format_bytes, parse_bytes
 from gradkern.checkpoint._fingerprint import Fingerprint, TensorInfo
-from gradkern.checkpoint._recompute import applied_within, apply_recompute, is_applied, remove_recompute
-from gradkern.checkpoint._units import HEAD, STEM
+from gradkern.checkpoint._native_solver import fastest_chain
+from gradkern.checkpoint._recompute import Recompute, applied_within, apply_recompute, is_applied, remove_recompute
+from gradkern.checkpoint._solver import peak_of, solve
+from gradkern.checkpoint._unit_plan import KEEP, UnitPlan, checked, read_unit
+from gradkern.errors import PlanInfeasibleError
 
-__all__ = ["Plan", "UnitPlan"]
+__all__ = ["Plan", "infeasible"]
 
 _FORMAT = "gradkern.checkpoint.plan"
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class UnitPlan:
-    """One unit of a plan, in order of execution.
-
-    Attributes:
-        name: Dotted name of the module; ``<stem>`` is everything before the first block, ``<head>``
-            everything after the last one, the loss included; ``<model>`` is the whole model as one unit.
-        option: ``"keep"`` (no wrapper at all) or ``"recompute"``.
-        saved_bytes: Bytes it holds from forward to backward when kept.
-        recompute_saved_bytes: The same when recomputed; equal to ``saved_bytes`` where that is no option: stem,
-            head, units whose inputs change in place and units that do not repeat.
-        forward_s: Seconds forward: about what recomputing adds.
-        backward_s: Seconds backward when kept.
-        mutated_buffers: Buffers that its forward changes, or may change once modules that were in eval mode
-            while planning train; recomputing leaves no trace in them.
-    """
-
-    name: str
-    option: Literal["keep", "recompute"]
-    saved_bytes: int
-    recompute_saved_bytes: int
-    forward_s: float
-    backward_s: float
-    mutated_buffers: tuple[str, ...]
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +41,9 @@ class Plan:
         gap: Bound on how much faster any other choice of units could be, as a fraction of the time of forward
             and backward under the ideal choice. It is proven for a chain of units, one after the other, with the
             bytes and seconds measured for each; 0.0 means that no choice is faster there.
+        fixed_bytes: Of every peak, what is alive all through a step: parameters, buffers, optimizer state, the batch.
+        floor_bytes: Above those, what the end of a step needs whatever is chosen: gradients and the optimizer's own.
+        source: What its bytes and seconds were read from: ``"cpu"``, or the GPU that was simulated.
         units: What to do with each unit.
         fingerprint: The model it is for.
     """
@@ -73,6 +54,9 @@ class Plan:
     modelled_peak_bytes: int
     least_feasible_bytes: int
     gap: float
+    fixed_bytes: int
+    floor_bytes: int
+    source: str
     units: tuple[UnitPlan, ...]
     fingerprint: Fingerprint
 
@@ -118,6 +102,50 @@ class Plan:
         if is_applied(model) and not is_applied(model, self._id):
             raise RuntimeError("another plan is applied to this model; remove that one with its own remove")
         remove_recompute(model)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds forward and backward of a micro-batch with everything kept."""
+        return math.fsum(unit.forward_s + unit.backward_s for unit in self.units)
+
+    @property
+    def extra_s(self) -> float:
+        """Seconds that recomputing adds to them."""
+        return math.fsum(unit.chosen.extra_s for unit in self.units)
+
+    def for_budget(self, budget: int | str) -> Plan:
+        """Choose for another budget from the costs that this plan was made with, in milliseconds.
+
+        Nothing runs: ``predicted_peak_bytes`` is what the model of a chain says, and ``modelled_peak_bytes`` the same.
+        Make the plan that you train with by ``checkpoint.plan``, or check this one with ``validate``.
+
+        Args:
+            budget: Bytes, or text that ``parse_bytes`` reads.
+
+        Raises:
+            PlanInfeasibleError: No choice fits, as modelled.
+            TypeError: ``budget`` is neither ``int`` nor ``str``.
+            ValueError: ``budget`` does not parse or is not positive.
+        """
+        budget_bytes = parse_bytes(budget)
+        costs = [[option.cost for option in unit.options] for unit in self.units]
+        least, _ = fastest_chain()(costs).least_capacity()
+        capacity = budget_bytes - self.fixed_bytes
+        solution = None if capacity < self.floor_bytes else solve(costs, capacity, chain=fastest_chain())
+        least_bytes = self.fixed_bytes + max(least, self.floor_bytes)
+        if solution is None:
+            raise infeasible(budget_bytes, least_bytes)
+        peak_bytes = self.fixed_bytes + max(peak_of(costs, solution.choices), self.floor_bytes)
+        units = zip(self.units, solution.choices, strict=True)
+        return replace(
+            self,
+            budget_bytes=budget_bytes,
+            predicted_peak_bytes=peak_bytes,
+            modelled_peak_bytes=peak_bytes,
+            least_feasible_bytes=least_bytes,
+            gap=(solution.extra_s - solution.lower_bound_s) / (self.step_s + solution.lower_bound_s),
+            units=tuple(replace(unit, option=unit.options[choice].name) for unit, choice in units),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON. The file appears complete or not at all; an older one is replaced.
@@ -172,25 +200,24 @@ class Plan:
 
     def __str__(self) -> str:
         """Write the plan as a table."""
-        step_s = sum(unit.forward_s + unit.backward_s for unit in self.units)
-        extra_s = sum(unit.forward_s for unit in self.units if unit.option == "recompute")
-        share = 100 * extra_s / step_s if step_s else 0.0
-        recomputed = sum(unit.option == "recompute" for unit in self.units)
+        share = 100 * self.extra_s / self.step_s if self.step_s else 0.0
+        recomputed = sum(unit.option != KEEP for unit in self.units)
         width = max(len(unit.name) for unit in self.units)
         lines = [
             f"natural peak    {format_bytes(self.natural_peak_bytes):>12}",
             f"budget          {format_bytes(self.budget_bytes):>12}",
-            f"predicted peak  {format_bytes(self.predicted_peak_bytes):>12}",
+            f"predicted peak  {format_bytes(self.predicted_peak_bytes):>12}   {self.source}",
             f"least feasible  {format_bytes(self.least_feasible_bytes):>12}",
             f"recomputed      {recomputed:>12} of {len(self.units)} units, about {share:.1f} % more time, "
             f"gap {100 * self.gap:.2f} %",
             "",
-            f"{'unit':<{width}}  {'option':<9}  {'kept':>12}  {'recomputed':>12}  {'forward':>9}  {'backward':>9}",
+            f"{'unit':<{width}}  {'option':<9}  {'held':>12}  {'if kept':>12}  {'forward':>9}  {'backward':>9}  "
+            f"{'again':>9}",
         ]
         lines += [
-            f"{unit.name:<{width}}  {unit.option:<9}  {format_bytes(unit.saved_bytes):>12}  "
-            f"{format_bytes(unit.recompute_saved_bytes):>12}  {1e3 * unit.forward_s:>6.2f} ms  "
-            f"{1e3 * unit.backward_s:>6.2f} ms"
+            f"{unit.name:<{width}}  {unit.option:<9}  {format_bytes(unit.chosen.saved_bytes):>12}  "
+            f"{format_bytes(unit.options[0].saved_bytes):>12}  {1e3 * unit.forward_s:>6.2f} ms  "
+            f"{1e3 * unit.backward_s:>6.2f} ms  {1e3 * unit.chosen.extra_s:>6.2f} ms"
             for unit in self.units
         ]
         return "\n".join(lines)
@@ -200,60 +227,46 @@ class Plan:
         """Tells plans apart, across processes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def _recompute(self) -> dict[str, tuple[str, ...]]:
-        return {unit.name: unit.mutated_buffers for unit in self.units if unit.option == "recompute"}
+    def _recompute(self) -> dict[str, Recompute]:
+        return {unit.name: unit.recompute for unit in self.units if unit.recompute is not None}
 
     @classmethod
     def _from_document(cls, document: dict[str, Any]) -> Plan:
         """Rebuild and check; errors name the field."""
         known = {field.name for field in fields(cls)}
         values = {name: document[name] for name in known}
-        for name in known - {"gap", "units", "fingerprint"}:
-            values[name] = _checked(name, document[name], int)
-        values["gap"] = float(_checked("gap", document["gap"], (int, float)))
-        values["units"] = tuple(_read_unit(unit) for unit in _checked("units", document["units"], list))
-        stored = _checked("fingerprint", document["fingerprint"], dict)
+        for name in known - {"gap", "source", "units", "fingerprint"}:
+            values[name] = checked(name, document[name], int)
+        values["gap"] = float(checked("gap", document["gap"], (int, float)))
+        values["source"] = checked("source", document["source"], str)
+        values["units"] = tuple(read_unit(unit) for unit in checked("units", document["units"], list))
+        stored = checked("fingerprint", document["fingerprint"], dict)
         values["fingerprint"] = Fingerprint(
-            model_class=_checked("model_class", stored["model_class"], str),
-            modules=tuple(_checked("modules", name, str) for name in _checked("modules", stored["modules"], list)),
+            model_class=checked("model_class", stored["model_class"], str),
+            modules=tuple(checked("modules", name, str) for name in checked("modules", stored["modules"], list)),
             parameters=_read_tensors("parameters", stored["parameters"]),
             buffers=_read_tensors("buffers", stored["buffers"]),
         )
         return cls(**values)
 
 
-def _checked(name: str, value: Any, expected: type | tuple[type, ...]) -> Any:
-    """Return ``value`` if it is of the expected JSON type."""
-    if isinstance(value, bool) or not isinstance(value, expected):
-        raise TypeError(f"field {name} has the wrong type, {type(value).__name__}")
-    return value
-
-
 def _read_tensors(field: str, stored: Any) -> tuple[TensorInfo, ...]:
     """Rebuild the (name, shape, dtype) of a fingerprint."""
     return tuple(
         (
-            _checked(field, name, str),
-            tuple(_checked(field, size, int) for size in _checked(field, shape, list)),
-            _checked(field, dtype, str),
+            checked(field, name, str),
+            tuple(checked(field, size, int) for size in checked(field, shape, list)),
+            checked(field, dtype, str),
         )
-        for name, shape, dtype in _checked(field, stored, list)
+        for name, shape, dtype in checked(field, stored, list)
     )
 
 
-def _read_unit(stored: dict[str, Any]) -> UnitPlan:
-    """Rebuild one unit."""
-    for field in ("name", "option"):
-        _checked(field, stored[field], str)
-    for field in ("saved_bytes", "recompute_saved_bytes"):
-        _checked(field, stored[field], int)
-    for field in ("forward_s", "backward_s"):
-        _checked(field, stored[field], (int, float))
-    buffers = _checked("mutated_buffers", stored["mutated_buffers"], list)
-    mutated_buffers = tuple(_checked("mutated_buffers", name, str) for name in buffers)
-    unit = UnitPlan(**{**stored, "mutated_buffers": mutated_buffers})
-    if unit.option not in ("keep", "recompute"):
-        raise ValueError(f"unit {unit.name} has the unknown option {unit.option!r}")
-    if unit.option == "recompute" and unit.name in (STEM, HEAD):
-        raise ValueError(f"{unit.name} is always kept and cannot have the option 'recompute'")
-    return unit
+def infeasible(budget_bytes: int, least_feasible_bytes: int) -> PlanInfeasibleError:
+    """The error for a budget that nothing fits into."""
+    return PlanInfeasibleError(
+        f"no choice of units to recompute fits into {format_bytes(budget_bytes)} ({budget_bytes} bytes); "
+        f"the least feasible budget is {least_feasible_bytes} bytes "
+        f"({format_bytes(least_feasible_bytes)}). Use a smaller batch or a larger budget",
+        least_feasible_bytes=least_feasible_bytes,
+    )

@@ -10,24 +10,38 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from gradkern.checkpoint._meter import Mark, Meter, make_meter
-from gradkern.checkpoint._recompute import apply_recompute, remove_recompute
+from gradkern.checkpoint._meter import Mark, Meter, Source
+from gradkern.checkpoint._operators import UnitOperators, record_operators
+from gradkern.checkpoint._recompute import Recompute, apply_recompute, remove_recompute
 from gradkern.checkpoint._survey import find_order, find_repeatable
 from gradkern.checkpoint._units import unit_module
 from gradkern.loss import Batch, LossFn, compute_loss
 
 __all__ = ["CycleCost", "Span", "Trial"]
+
+
+class Visit(NamedTuple):
+    """One time that a span was entered, forward or backward.
+
+    Attributes:
+        peak_bytes: Most bytes above what earlier spans of the same micro-batch had left, gradients of parameters that
+            were there at its start not counted.
+        gradient_bytes: Those gradients.
+    """
+
+    peak_bytes: int
+    gradient_bytes: int
 
 
 @dataclass(frozen=True)
@@ -36,16 +50,26 @@ class Span:
 
     Attributes:
         saved_bytes: Bytes it left behind for backward and for its successors; negative if it freed more.
-        peak_bytes: Most bytes above what earlier spans of the same micro-batch had left, forward or backward,
-            gradients of the step so far included.
+        visits: What it needed, for each micro-batch forward and then backward.
         forward_s: Seconds forward.
         backward_s: Seconds backward.
     """
 
     saved_bytes: int
-    peak_bytes: int
+    visits: tuple[Visit, ...]
     forward_s: float
     backward_s: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes above what earlier spans of the same micro-batch had left, forward or backward."""
+        return self.peak_in_place_of(self)
+
+    def peak_in_place_of(self, other: Span) -> int:
+        """``peak_bytes`` if this ran where ``other`` did, a span of the same kind with other gradients around it."""
+        around = other if len(other.visits) == len(self.visits) else self
+        pairs = zip(self.visits, around.visits, strict=True)
+        return max((own.peak_bytes + there.gradient_bytes for own, there in pairs), default=0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +82,7 @@ class CycleCost:
         end_bytes: Live bytes at its end: the gradients.
         has_grad: Parameters that received a gradient.
         grad_bits: Of every parameter the sum of its gradient's bit patterns, None without one: equal where all
-            gradients are, bit for bit.
+            gradients are, bit for bit. Empty where tensors hold no values.
     """
 
     spans: tuple[Span, ...]
@@ -78,16 +102,24 @@ class Trial:
         accumulate: Micro-batches a step. Two stand for any larger number: from the second on each finds the
             gradients of all parameters made.
         rewind: Sets the global generators back; called before every cycle, so that all run the same program.
+        source: Where bytes and seconds are read.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, accumulate: int, rewind: Callable[[], None]
+        self,
+        model: nn.Module,
+        batch: Batch,
+        loss_fn: LossFn | None,
+        accumulate: int,
+        rewind: Callable[[], None],
+        source: Source,
     ) -> None:
         self.model = model
         self.batch = batch
         self.loss_fn = loss_fn
         self.micro_batches = min(accumulate, 2)
         self.rewind = rewind
+        self.source = source
 
     def survey(self, candidates: list[str]) -> tuple[list[str], frozenset[str]]:
         """Return the units among ``candidates`` in order of execution, and those of them that can be recomputed.
@@ -98,22 +130,29 @@ class Trial:
         with _recomputing(self.model, {}):
             self.rewind()
             names, changed = find_order(self.model, candidates, self._forward, self.micro_batches)
+            unchanged = [name for name in names if name not in changed]
+            if not self.source.compares_bits:
+                return names, frozenset(unchanged)
             self.rewind()
-            repeatable = find_repeatable(self.model, [name for name in names if name not in changed], self._forward)
-        return names, repeatable
+            return names, find_repeatable(self.model, unchanged, self._forward)
 
-    def warm_up(self, recompute: dict[str, tuple[str, ...]]) -> None:
+    def operators(self, units: Sequence[str]) -> dict[str, UnitOperators]:
+        """Return what these units run forward."""
+        with _recomputing(self.model, {}):
+            self.rewind()
+            return record_operators(self.model, units, self._forward, self.source.clock)
+
+    def warm_up(self, recompute: Mapping[str, Recompute]) -> None:
         """Run one cycle unmeasured, for what is allocated once and kept; ``recompute`` as in ``measure``."""
         with _recomputing(self.model, recompute):
-            self._cycle(_Boundaries([], None))
+            self._cycle(_Boundaries([], self.model, None))
 
-    def measure(self, units: list[str], recompute: dict[str, tuple[str, ...]] | None = None) -> CycleCost:
+    def measure(self, units: Sequence[str], recompute: Mapping[str, Recompute] | None = None) -> CycleCost:
         """Run one cycle in its steady state.
 
         Args:
             units: Units in order of execution.
-            recompute: Units to recompute, with the buffers that their forward changes; None runs the model as
-                it is.
+            recompute: Units to recompute, and how; None runs the model as it is.
         """
         with _recomputing(self.model, recompute):
             self._drop_gradients()
@@ -121,8 +160,8 @@ class Trial:
             was_enabled = gc.isenabled()
             gc.disable()
             try:
-                meter = make_meter()
-                boundaries = _Boundaries(units, meter)
+                meter = self.source.meter()
+                boundaries = _Boundaries(units, self.model, meter)
                 with meter:
                     self._cycle(boundaries)
             finally:
@@ -130,7 +169,8 @@ class Trial:
                     gc.enable()
         params = list(self.model.parameters())
         has_grad = frozenset(param for param in params if param.grad is not None)
-        grad_bits = tuple(None if param.grad is None else _bit_sum(param.grad) for param in params)
+        bits = (None if param.grad is None else _bit_sum(param.grad) for param in params)
+        grad_bits = tuple(bits) if self.source.compares_bits else ()
         self._drop_gradients()
         return boundaries.read(meter.marks, has_grad, grad_bits)
 
@@ -166,13 +206,15 @@ class _Interval:
     micro_batch: int
     span: int
     is_backward: bool
+    gradient_bytes: int
 
 
 class _Boundaries:
     """Marks on a meter where execution passes from one span to another."""
 
-    def __init__(self, units: list[str], meter: Meter | None) -> None:
+    def __init__(self, units: Sequence[str], model: nn.Module, meter: Meter | None) -> None:
         self._units = units
+        self._params = list(model.parameters())
         self._meter = meter
         self._head = len(units) + 1
         self._intervals: list[_Interval] = []
@@ -200,12 +242,12 @@ class _Boundaries:
         """The forward of a span begins; that of the stem begins a micro-batch."""
         if span == 0:
             self._micro_batch += 1
-        self._mark(_Interval(self._micro_batch, span, is_backward=False))
+        self._mark(span, is_backward=False)
 
     def start_backward(self) -> None:
         """The backward of the head begins."""
         self._backward_span = self._head
-        self._mark(_Interval(self._micro_batch, self._head, is_backward=True))
+        self._mark(self._head, is_backward=True)
 
     def end_backward(self) -> None:
         """The backward of the stem is over."""
@@ -234,16 +276,17 @@ class _Boundaries:
             )
             for span in range(self._head + 1)
         ]
-        peaks = [0] * (self._head + 1)
+        visits: list[list[Visit]] = [[] for _ in range(self._head + 1)]
         seconds: dict[tuple[int, bool], list[float]] = {}
         for interval, (mark, following) in zip(self._intervals, itertools.pairwise(marks), strict=True):
             prefix = starts[interval.micro_batch, interval.span] - starts[interval.micro_batch, 0]
-            peaks[interval.span] = max(peaks[interval.span], following.peak_bytes - prefix)
+            peak_bytes = following.peak_bytes - prefix - interval.gradient_bytes
+            visits[interval.span].append(Visit(peak_bytes, interval.gradient_bytes))
             seconds.setdefault((interval.span, interval.is_backward), []).append(following.time_s - mark.time_s)
         spans = tuple(
             Span(
                 saved[span],
-                peaks[span],
+                tuple(visits[span]),
                 min(seconds.get((span, False), [0.0])),
                 min(seconds.get((span, True), [0.0])),
             )
@@ -252,10 +295,11 @@ class _Boundaries:
         peak_bytes = max(mark.peak_bytes for mark in marks)
         return CycleCost(spans, peak_bytes, marks[-1].live_bytes, has_grad, grad_bits)
 
-    def _mark(self, interval: _Interval) -> None:
+    def _mark(self, span: int, *, is_backward: bool) -> None:
         if self._meter is not None:
             self._meter.mark()
-            self._intervals.append(interval)
+            there = sum(self._meter.bytes_of(param.grad) for param in self._params if param.grad is not None)
+            self._intervals.append(_Interval(self._micro_batch, span, is_backward, there))
 
     def _on_enter(self, span: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of a unit; what flows in tells when backward leaves the unit."""
@@ -277,7 +321,7 @@ class _Boundaries:
         # A tensor used by many spans gets its gradient late; backward only ever moves towards the stem.
         if span < self._backward_span:
             self._backward_span = span
-            self._mark(_Interval(self._micro_batch, span, is_backward=True))
+            self._mark(span, is_backward=True)
 
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -293,7 +337,7 @@ def _bit_sum(grad: Tensor) -> int:
 
 
 @contextmanager
-def _recomputing(model: nn.Module, recompute: dict[str, tuple[str, ...]] | None) -> Iterator[None]:
+def _recomputing(model: nn.Module, recompute: Mapping[str, Recompute] | None) -> Iterator[None]:
     """Apply a choice for the length of the block."""
     if recompute is None:
         yield

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.hooks import RemovableHandle
 
 from gradkern.checkpoint._units import unit_module
 
 __all__ = [
+    "OpCall",
+    "Recompute",
     "applied_within",
     "apply_recompute",
     "buffers_replaced",
@@ -29,6 +32,23 @@ __all__ = [
 ]
 
 _MARKER = "_gradkern_checkpoint"
+
+OpCall = tuple[str, int]
+"""An operator such as ``aten.mm.default``, and which of its calls in a unit's forward, from 0."""
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """How a unit is recomputed.
+
+    Attributes:
+        mutated_buffers: Names of buffers that a forward changes, such as BatchNorm's running statistics.
+            Recomputation starts from their values before the forward and leaves no trace in them.
+        saved_ops: Calls of operators whose outputs are held from forward to backward instead of computed again.
+    """
+
+    mutated_buffers: tuple[str, ...] = ()
+    saved_ops: tuple[OpCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,14 +68,13 @@ class RecomputedForward:
 
     Args:
         module: The unit.
-        mutated_buffers: Names of buffers that a forward changes, such as BatchNorm's running statistics.
-            Recomputation starts from their values before the forward and leaves no trace in them.
+        recompute: How.
         plan_id: The plan that this belongs to.
     """
 
-    def __init__(self, module: nn.Module, mutated_buffers: tuple[str, ...], plan_id: str) -> None:
+    def __init__(self, module: nn.Module, recompute: Recompute, plan_id: str) -> None:
         self.module = module
-        self.mutated_buffers = mutated_buffers
+        self.recompute = recompute
         self.plan_id = plan_id
         # RReLU fills the noise that its backward needs after autograd has saved it; a recomputation that stops
         # at the last saved tensor would hand over noise not yet drawn.
@@ -76,7 +95,7 @@ class RecomputedForward:
         # forward and recomputation, so keywords go positionally and what containers hold goes along once more.
         inside = [leaf for value in values for leaf in tree_leaves(value) if leaf is not value]
         # torch.compile traces ``checkpoint`` only where no contexts are given.
-        contexts: dict[str, Any] = {"context_fn": self._forward_and_recompute} if self.mutated_buffers else {}
+        contexts: dict[str, Any] = {} if self.recompute == Recompute() else {"context_fn": self._forward_and_recompute}
         return checkpoint(
             partial(self._run_flat, len(args), tuple(kwargs)),
             *values,
@@ -95,32 +114,57 @@ class RecomputedForward:
             return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _forward_and_recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def _forward_and_recompute(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         """Contexts for the forward and for its recomputation."""
-        before = {name: self.module.get_buffer(name).detach().clone() for name in self.mutated_buffers}
-        return nullcontext(), buffers_replaced(self.module, before)
+        before = {name: self.module.get_buffer(name).detach().clone() for name in self.recompute.mutated_buffers}
+        if not self.recompute.saved_ops:
+            return nullcontext(), buffers_replaced(self.module, before)
+        forward, again = create_selective_checkpoint_contexts(_Saves(self.recompute.saved_ops))
+        return forward, _both(buffers_replaced(self.module, before), again) if before else again
 
 
-def apply_recompute(model: nn.Module, mutated_buffers: Mapping[str, tuple[str, ...]], *, plan_id: str) -> None:
+class _Saves:
+    """A policy for one forward: hold the outputs of these calls."""
+
+    def __init__(self, calls: tuple[OpCall, ...]) -> None:
+        self._calls = frozenset(calls)
+        self._counts: Counter[str] = Counter()
+
+    def __call__(self, context: object, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = str(op)
+        call = name, self._counts[name]
+        self._counts[name] += 1
+        return CheckpointPolicy.MUST_SAVE if call in self._calls else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[object], inner: AbstractContextManager[object]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(outer)
+        stack.enter_context(inner)
+        yield
+
+
+def apply_recompute(model: nn.Module, recompute: Mapping[str, Recompute], *, plan_id: str) -> None:
     """Make the named units recompute in backward.
 
     Args:
         model: Mutated in place.
-        mutated_buffers: For each unit to recompute, the buffers its forward changes.
+        recompute: The units to recompute, and how.
         plan_id: Written down with the model, for ``is_applied``.
 
     Raises:
         ValueError: The model has no unit or no buffer of a given name; nothing is changed then.
     """
-    modules = {name: _resolved(model, name, buffers) for name, buffers in mutated_buffers.items()}
+    modules = {name: _resolved(model, name, how.mutated_buffers) for name, how in recompute.items()}
     cache_hooks = tuple(
         module.register_forward_pre_hook(partial(_without_cache, position), with_kwargs=True)
         for module in model.modules()
         for position in _cache_positions(module)
     )
     for name, module in modules.items():
-        vars(module)["forward"] = RecomputedForward(module, mutated_buffers[name], plan_id)
-    vars(model)[_MARKER] = _Applied(plan_id, tuple(mutated_buffers), cache_hooks)
+        vars(module)["forward"] = RecomputedForward(module, recompute[name], plan_id)
+    vars(model)[_MARKER] = _Applied(plan_id, tuple(recompute), cache_hooks)
 
 
 def remove_recompute(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradkern.checkpoint._allocator import CountingAllocator
 
-__all__ = ["live_bytes", "require_cpu", "storages_of", "tensors_of"]
+__all__ = ["dense_parts", "live_bytes", "require_cpu", "storages_of", "tensors_of"]
 
 _CONTAINERS = (list, tuple, set, frozenset)
 
@@ -49,7 +49,7 @@ def storages_of(*roots: object) -> dict[int, torch.UntypedStorage]:
     found: dict[int, torch.UntypedStorage] = {}
     for root in roots:
         for tensor in tensors_of(root):
-            for part in _dense_parts(tensor):
+            for part in dense_parts(tensor):
                 if part.device.type == "cpu":
                     storage = part.untyped_storage()
                     found[storage._cdata] = storage
@@ -81,7 +81,7 @@ def require_cpu(caller: str, tensors: Iterable[Tensor]) -> None:
             )
 
 
-def _dense_parts(tensor: Tensor) -> list[Tensor]:
+def dense_parts(tensor: Tensor) -> list[Tensor]:
     """The dense tensors that hold the data of ``tensor``."""
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]

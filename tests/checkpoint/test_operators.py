@@ -1,0 +1,168 @@
+"""Recomputing but for some operators: which are worth holding, and whether what runs again is what was priced."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoint_cases import CASES
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import SAC_IGNORED_OPS
+
+from gradkern.checkpoint import measure_peak, plan
+from gradkern.checkpoint._operators import Operator, UnitOperators, record_operators, saving_sets
+from gradkern.checkpoint._recompute import Recompute, apply_recompute, remove_recompute
+from gradkern.testing import same_bits
+
+
+class Count(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in SAC_IGNORED_OPS:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def made_up(costs):
+    operators = [
+        Operator((f"op{at}", 0), (), float(seconds), held) for at, (seconds, held) in enumerate(costs, start=1)
+    ]
+    return UnitOperators(tuple(operators), len(operators))
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30) | st.none()), min_size=1, max_size=9))
+def test_every_set_is_the_best_for_some_price_of_a_byte(costs):
+    unit = made_up(costs)
+    bytes_of = {op.call: op.held_bytes for op in unit.operators if op.held_bytes is not None}
+    seconds_of = {op.call: op.seconds for op in unit.operators}
+    subsets = [
+        (sum(map(bytes_of.get, held)), sum(seconds_of.values()) - sum(map(seconds_of.get, held)))
+        for count in range(len(bytes_of) + 1)
+        for held in itertools.combinations(bytes_of, count)
+    ]
+    found = saving_sets([unit], most_bytes=10**6)
+    for held in found:
+        nbytes, left = sum(map(bytes_of.get, held)), sum(seconds_of.values()) - sum(map(seconds_of.get, held))
+        # Sets that hold more are worth it only below a price, sets that hold less only above one.
+        at_least = max((left - l) / (b - nbytes) for b, l in [*subsets, (10**9, left)] if b > nbytes)
+        at_most = min((l - left) / (nbytes - b) for b, l in [*subsets, (-1, 10**9)] if b < nbytes)
+        assert at_least <= at_most + 1e-12
+        assert all(l >= left for b, l in subsets if b == nbytes)
+    for smaller, larger in itertools.pairwise(found):
+        assert set(smaller) < set(larger)
+    worth = [call for call in bytes_of if seconds_of[call] > 0]
+    assert (not found and not worth) or set(found[-1]) == set(worth)
+
+
+def test_no_set_holds_more_than_it_may():
+    unit = made_up([(8, 10), (4, 10), (2, 10), (1, 10)])
+    assert saving_sets([unit], 25) == [(("op1", 0),), (("op1", 0), ("op2", 0))]
+    assert saving_sets([unit], 9) == []
+
+
+class Hard(nn.Module):
+    """A draw, a view, a change in place, and outputs that share a storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.rise, self.fall = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x):
+        h = nn.functional.dropout(self.rise(x), 0.5).view(-1, 64)
+        h = torch.sin(h)
+        h = torch.relu_(h * 2)
+        left, right = h.chunk(2, -1)
+        return x + self.fall(torch.cat([torch.exp(left), right], -1))
+
+
+def test_what_cannot_be_held():
+    model = nn.Sequential(Hard(), Hard())
+    ran = record_operators(model, ["0", "1"], lambda: model(torch.randn(8, 16)), time.perf_counter)
+    assert list(ran) == ["0", "1"]
+    assert ran["0"].signature == ran["1"].signature
+    held = {op.call[0]: op.held_bytes for op in ran["0"].operators}
+    assert held["aten.addmm.default"] == 8 * 16 * 4
+    assert held["aten.sin.default"] == 8 * 64 * 4
+    # A draw must be drawn again; a view has no bytes of its own; what relu_ overwrites is not what was computed.
+    drawn = [name for name in held if "bernoulli" in name or "dropout" in name]
+    assert drawn
+    assert all(held[name] is None for name in [*drawn, "aten.view.default", "aten.split.Tensor", "aten.relu_.default"])
+    doubled = [op for op in ran["0"].operators if op.call[0] == "aten.mul.Tensor"][-1]
+    assert doubled.held_bytes is None
+
+
+@pytest.mark.parametrize("held", [0, 1, 2])
+def test_what_runs_again_is_what_was_priced(held):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(2)))
+    x = torch.randn(8, 16)
+    ran = record_operators(model, ["0", "1"], lambda: model(x).sum(), time.perf_counter)
+    holdable = [op.call for op in ran["0"].operators if op.held_bytes is not None][:held]
+    with Count() as kept:
+        model(x).sum().backward()
+    model.zero_grad()
+    apply_recompute(model, {name: Recompute(saved_ops=tuple(holdable)) for name in ran}, plan_id="test")
+    with Count() as recomputed:
+        model(x).sum().backward()
+    remove_recompute(model)
+    again = sum(unit.needed - sum(op.call in holdable for op in unit.operators[: unit.needed]) for unit in ran.values())
+    assert len(recomputed.names) - len(kept.names) == again
+    assert 0 < ran["0"].needed < len(ran["0"].operators)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_option_has_the_same_gradients_and_the_bytes_it_says(name):
+    case = CASES[name]()
+    free = plan(case.model, case.batch, case.loss_fn, budget="1 GiB")
+
+    def cycle():
+        torch.manual_seed(5)
+        case.loss().backward()
+        return [param.grad for param in case.model.parameters()]
+
+    def gradients():
+        found = measure_peak(cycle, model=case.model)
+        case.model.zero_grad()
+        return found.result, found.peak_bytes
+
+    expected, _ = gradients()
+    ours = sum(grad.nbytes for grad in expected)
+    names = sorted({option.name for unit in free.units for option in unit.options})
+    assert "select 1" in names
+    for option in names:
+        units = [
+            replace(unit, option=option) if option in [each.name for each in unit.options] else unit
+            for unit in free.units
+        ]
+        chosen = replace(free, units=tuple(units))
+        chosen.apply(case.model)
+        found = None  # those of the option before would count
+        gradients()
+        found, peak = gradients()
+        chosen.remove(case.model)
+        assert all(map(same_bits, found, expected))
+        # The model of a chain, from what each unit was measured to need in other company.
+        costs = [(unit.chosen.saved_bytes, unit.chosen.peak_bytes) for unit in chosen.units]
+        modelled = max(sum(saved for saved, _ in costs[:at]) + peak_of_one for at, (_, peak_of_one) in enumerate(costs))
+        assert 0.95 * (peak - ours) <= free.fixed_bytes + modelled <= 1.1 * (peak - ours) + 8192
+
+
+def test_another_budget_from_the_same_costs(mlp_case):
+    free = plan(mlp_case.model, mlp_case.batch, mlp_case.loss_fn, budget="1 GiB")
+    low, high = free.least_feasible_bytes, free.natural_peak_bytes
+    plans = [free.for_budget(low + 8192 + (high - low) * share // 10) for share in range(11)]
+    assert [made.predicted_peak_bytes <= made.budget_bytes for made in plans] == [True] * 11
+    extra = [made.extra_s for made in plans]
+    assert extra == sorted(extra, reverse=True)
+    assert extra[0] > extra[-1] == 0.0
+    assert free.for_budget(high + 8192).units == free.units
