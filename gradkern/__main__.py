@@ -1,61 +1,25 @@
-"""``python -m gradkern info``: versions, instruction set, and each backend with the reason where it is off."""
+"""``python -m gradkern`` and the command ``gradkern``: ``info`` always, the others with the extra ``cli``."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import platform
+import importlib.util
+import sys
 
-import torch
+from gradkern.info import report
 
-import gradkern
-from gradkern import _native
-from gradkern.checkpoint import allocator_unavailable_reason
-from gradkern.ops import _registry
-
-_EXTRAS = ("numpy", "safetensors", "typer", "rich", "matplotlib", "transformers", "triton")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _flushes_subnormals() -> bool:
-    smallest = torch.full((16,), torch.finfo(torch.float32).smallest_normal)
-    return bool((smallest * 0.5 == 0).any())
-
-
-def info() -> str:
-    """The report as text."""
-    lines = [
-        f"gradkern      {gradkern.__version__}",
-        f"python        {platform.python_version()}",
-        f"torch         {torch.__version__}, {torch.get_num_threads()} threads",
-        *(f"{package:13} {_version(package)}" for package in _EXTRAS),
-        f"cpu isa       {_native.isa() or 'none: ' + str(_native.unavailable_reason())}",
-        f"subnormals    {'flushed to zero: bits may differ between backends' if _flushes_subnormals() else 'kept'}",
-    ]
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
-    for device in devices:
-        for backend in _registry.BACKENDS:
-            reason = _registry.unavailable_reason(backend, device)
-            lines.append(f"{device.type:4} {backend:9} {'on' if reason is None else 'off: ' + reason}")
-    reason = allocator_unavailable_reason()
-    lines.append(f"allocator     {'on' if reason is None else 'off: ' + reason}")
-    return "\n".join(lines)
+__all__ = ["main"]
 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m gradkern", description=__doc__)
-    parser.add_argument("command", choices=("info",))
-    parser.parse_args()
-    print(info())  # noqa: T201  this is what the command is for
+    if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
+        from gradkern.command_line import app  # lazy: needs the extra
+
+        app(prog_name="gradkern")
+    elif sys.argv[1:] == ["info"]:
+        print(report())  # noqa: T201  this is what the command is for
+    else:
+        sys.exit("gradkern: commands other than info need typer and rich; pip install 'gradkern[cli]'")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import math
 import time
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,7 +45,6 @@ class Meter(Protocol):
     The meter marks its own start and end, so the marks of a run without calls of ``mark`` are two.
     """
 
-    source: Literal["allocator", "profiler"]
     allocator: CountingAllocator | None
     marks: list[Mark]
     timeline: list[tuple[float, int]]
@@ -138,8 +137,6 @@ class _CountsAll:
 class AllocatorMeter(_CountsAll):
     """Counts with the allocator hook: exact, and blind to nothing that torch allocates on the CPU."""
 
-    source: Literal["allocator", "profiler"] = "allocator"
-
     def __init__(self, allocator: CountingAllocator) -> None:
         self.allocator: CountingAllocator | None = allocator
         self._allocator = allocator
@@ -175,7 +172,6 @@ class ProfilerMeter(_CountsAll):
     Frees of blocks allocated before the meter started carry no size in torch's events and are not seen.
     """
 
-    source: Literal["allocator", "profiler"] = "profiler"
     allocator: CountingAllocator | None = None
 
     _MARK = "gradkern.mark"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkern.checkpoint._meter import make_meter
+from gradkern.checkpoint._meter import Source
 
 __all__ = ["OptimizerCost", "measure_optimizer"]
 
@@ -28,7 +28,9 @@ class OptimizerCost:
     step_bytes: int
 
 
-def measure_optimizer(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tensor]) -> OptimizerCost:
+def measure_optimizer(
+    optimizer: torch.optim.Optimizer, has_grad: frozenset[Tensor], source: Source, *, is_copy: bool = False
+) -> OptimizerCost:
     """Deep-copy ``optimizer`` with its parameters, let the copy step twice on zero gradients, and measure.
 
     The optimizer itself, its parameters, hooks and schedulers see nothing of it. For the length of this call
@@ -37,6 +39,8 @@ def measure_optimizer(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tens
     Args:
         optimizer: Any optimizer that can be deep-copied and whose ``step`` needs no closure.
         has_grad: The parameters that receive a gradient.
+        source: Where bytes are read.
+        is_copy: It is a copy already, of tensors without values perhaps, and may be stepped itself.
 
     Raises:
         ValueError: The optimizer cannot step without a closure, or its deep copy cannot be made or cannot step:
@@ -49,7 +53,8 @@ def measure_optimizer(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tens
             "run; plan with optimizer=None and leave room in the budget for its state"
         )
     try:
-        return _measure_copy(optimizer, has_grad)
+        copied, trained = (optimizer, _trained(optimizer, has_grad)) if is_copy else _copied(optimizer, has_grad)
+        return _measure_steps(copied, trained, source)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, copy.Error) as error:
@@ -60,13 +65,26 @@ def measure_optimizer(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tens
         ) from error
 
 
-def _measure_copy(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tensor]) -> OptimizerCost:
-    """Measure by stepping a copy."""
-    originals = [param for group in optimizer.param_groups for param in group["params"]]
+def _copied(
+    optimizer: torch.optim.Optimizer, has_grad: frozenset[Tensor]
+) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    """A deep copy, and its parameters that receive a gradient."""
+    originals = _params(optimizer)
     trial = copy.deepcopy(optimizer)
-    copies = [param for group in trial.param_groups for param in group["params"]]
-    trained = [copied for copied, param in zip(copies, originals, strict=True) if param in has_grad]
-    meter = make_meter()
+    return trial, [copied for copied, param in zip(_params(trial), originals, strict=True) if param in has_grad]
+
+
+def _trained(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tensor]) -> list[Tensor]:
+    return [param for param in _params(optimizer) if param in has_grad]
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _measure_steps(trial: torch.optim.Optimizer, trained: list[Tensor], source: Source) -> OptimizerCost:
+    """Measure by stepping."""
+    meter = source.meter()
     with meter:
         _step_on_zeros(trial, trained)
         for param in trained:
@@ -74,7 +92,9 @@ def _measure_copy(optimizer: torch.optim.Optimizer, has_grad: frozenset[Tensor])
         meter.mark()
         trial.step()
     _, loaded, finished = meter.marks
-    grad_bytes = sum(param.grad.untyped_storage().nbytes() for param in trained if param.grad is not None)
+    grad_bytes = sum(meter.bytes_of(param.grad) for param in trained if param.grad is not None)
+    for param in trained:
+        param.grad = None
     return OptimizerCost(
         missing_state_bytes=max(0, loaded.live_bytes - grad_bytes),
         step_bytes=finished.peak_bytes - loaded.live_bytes,

@@ -86,7 +86,7 @@ def measure_peak(
         start_bytes=start_bytes,
         timeline=[(seconds, start_bytes + nbytes) for seconds, nbytes in meter.timeline],
         result=result,
-        source=meter.source,
+        source="profiler" if meter.allocator is None else "allocator",
     )
 
 

@@ -17,8 +17,10 @@ from torch import nn
 from gradkern.checkpoint._bytes import format_bytes, parse_bytes
 from gradkern.checkpoint._fingerprint import Fingerprint, TensorInfo
 from gradkern.checkpoint._native_solver import fastest_chain
+from gradkern.checkpoint._plot import Picture, draw
 from gradkern.checkpoint._recompute import Recompute, applied_within, apply_recompute, is_applied, remove_recompute
 from gradkern.checkpoint._solver import peak_of, solve
+from gradkern.checkpoint._timeline import timeline
 from gradkern.checkpoint._unit_plan import KEEP, UnitPlan, checked, read_unit
 from gradkern.errors import PlanInfeasibleError
 
@@ -146,6 +148,58 @@ class Plan:
             gap=(solution.extra_s - solution.lower_bound_s) / (self.step_s + solution.lower_bound_s),
             units=tuple(replace(unit, option=unit.options[choice].name) for unit, choice in units),
         )
+
+    def pareto(self, count: int = 40) -> list[tuple[int, float]]:
+        """What budgets cost: (peak in bytes, seconds added), as modelled, the smallest peak first.
+
+        Args:
+            count: Budgets to try, evenly from the least that fits to all kept.
+
+        Returns:
+            The distinct choices found; none needs both more bytes and more time than another.
+
+        Raises:
+            ValueError: ``count`` is below 2.
+        """
+        if count < 2:
+            raise ValueError(f"pareto: count must be at least 2, got {count}")
+        costs = [[option.cost for option in unit.options] for unit in self.units]
+        least, _ = fastest_chain()(costs).least_capacity()
+        low = self.fixed_bytes + max(least, self.floor_bytes)
+        high = self.fixed_bytes + max(peak_of(costs, (0,) * len(costs)), self.floor_bytes)
+        budgets = {low + (high - low) * at // (count - 1) for at in range(count)}
+        plans = [self.for_budget(budget) for budget in sorted(budgets)]
+        found: dict[float, int] = {}
+        for plan in plans:
+            found.setdefault(plan.extra_s, plan.predicted_peak_bytes)
+        return sorted((peak, seconds) for seconds, peak in found.items())
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw live memory over a step beside the budget, and what other budgets would cost.
+
+        Both are modelled from the costs in the plan.
+
+        Args:
+            path: Where to; the ending says in which format, for example ``.png`` or ``.svg``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            OSError: The file cannot be written.
+            ValueError: No format has this ending.
+        """
+        chosen = [unit.chosen for unit in self.units]
+        kept = [unit.options[0] for unit in self.units]
+        picture = Picture(
+            title=f"{self.fingerprint.model_class.rpartition('.')[2]}, {self.source}: "
+            f"{format_bytes(self.predicted_peak_bytes)} of {format_bytes(self.budget_bytes)}",
+            planned=timeline(self.units, chosen, self.fixed_bytes, self.floor_bytes),
+            kept=timeline(self.units, kept, self.fixed_bytes, self.floor_bytes),
+            budget_bytes=self.budget_bytes,
+            pareto=self.pareto(),
+            chosen=(self.predicted_peak_bytes, self.extra_s),
+            step_s=self.step_s,
+        )
+        draw(picture, path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON. The file appears complete or not at all; an older one is replaced.

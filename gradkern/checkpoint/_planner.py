@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from gradkern.checkpoint._bytes import parse_bytes
 from gradkern.checkpoint._fingerprint import Fingerprint
-from gradkern.checkpoint._meter import Machine, make_meter
-from gradkern.checkpoint._optimizer import OptimizerCost, measure_optimizer
+from gradkern.checkpoint._gpus import find_gpu
+from gradkern.checkpoint._here import search_here
+from gradkern.checkpoint._job import HoldsBytes, Job, Outcome
 from gradkern.checkpoint._plan import Plan, infeasible
-from gradkern.checkpoint._preserve import Preserved, preserved
-from gradkern.checkpoint._profile import Trial
 from gradkern.checkpoint._recompute import applied_within
-from gradkern.checkpoint._search import Found, Profile, fit, profile
-from gradkern.checkpoint._storages import live_bytes, require_cpu, storages_of, tensors_of
+from gradkern.checkpoint._storages import require_cpu, tensors_of
 from gradkern.checkpoint._units import find_units
 from gradkern.loss import Batch, LossFn
 
-__all__ = ["HoldsBytes", "plan"]
-
-# Room for the scalars that loops keep from step to step, such as losses to be logged.
-_LOOP_BYTES = 4096
-
-
-class HoldsBytes(Protocol):
-    """Something that keeps memory for the length of training, such as a ``gradkern.rollback`` recorder."""
-
-    def held_bytes(self) -> int:
-        """Bytes it holds while training."""
-        ...
+__all__ = ["plan"]
 
 
 def plan(
@@ -47,6 +31,9 @@ def plan(
     accumulate: int = 1,
     recorder: HoldsBytes | None = None,
     units: str | Sequence[str] = (),
+    gpu: str | None = None,
+    shards: int = 1,
+    progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Choose which blocks of a model to recompute in backward so that a whole step fits into ``budget``.
 
@@ -64,7 +51,7 @@ def plan(
     output kept across ``backward``, gradients kept by ``zero_grad(set_to_none=False)``, evaluation batches.
 
     Args:
-        model: On the CPU, with no plan applied.
+        model: On the CPU (on any device with ``gpu``), with no plan applied.
         batch: One micro-batch of the largest shape; see ``gradkern.loss.compute_loss``.
         loss_fn: ``(output, target) -> scalar``; None where the model computes its loss.
         budget: Bytes, or text that ``parse_bytes`` reads.
@@ -75,6 +62,14 @@ def plan(
             and that the hook counts are not counted twice.
         units: Patterns over the names in ``model.named_modules()``, such as ``"encoder.layers.*"``, of the modules to
             decide about; of nested ones the outermost. Default: the repeated blocks that ``plan`` finds.
+        gpu: Plan for this GPU, which need not be here: ``"A100-40"``, ``"A100-80"``, ``"H100"``, ``"H200"``,
+            ``"B200"``, ``"RTX4090"`` or ``"MI300X"``. The model, which may be on any device, ``meta`` included, runs on
+            tensors without values; bytes are rounded to blocks of 512, attention saves what the GPU's kernels save, and
+            seconds are the larger of arithmetic and memory traffic at the rates of the data sheet: modelled, not
+            measured. Only where what runs depends on values does the model itself run. None measures here, on the CPU.
+        shards: With ``gpu``: processes that parameters, gradients and optimizer state are spread over, as by FSDP. Two
+            units and what is in no unit are whole at a time; communication takes no time.
+        progress: Called with a few words before each pass over the model.
 
     Returns:
         A plan, not yet applied. More budget never gives a slower plan for the same measured costs.
@@ -84,11 +79,12 @@ def plan(
             that does.
         RuntimeError: A plan is applied to the model or a part of it, or ``transformers`` gradient checkpointing is on.
         TypeError: An argument is of the wrong type.
-        ValueError: ``budget`` does not parse or is not positive, a pattern in ``units`` matches nothing,
-            ``accumulate`` is below 1, a tensor lies outside CPU memory, the loss has no gradient, a unit runs
-            in some passes only though the global generators start alike, or the optimizer needs a closure or
-            cannot step as a deep copy (one with attributes of its own, which copies of
-            ``torch.optim.Optimizer`` lack): plan with ``optimizer=None`` then and leave room for its state.
+        ValueError: ``budget`` does not parse or is not positive, ``gpu`` is not known, a pattern in ``units`` matches
+            nothing, ``accumulate`` or ``shards`` is below 1, ``shards`` is given without ``gpu``, a tensor lies
+            outside CPU memory, the loss has no gradient, a unit runs in some passes only though the global generators
+            start alike, what runs depends on values that a model without them lacks, or the optimizer needs a closure
+            or cannot step as a deep copy (one with attributes of its own, which copies of ``torch.optim.Optimizer``
+            lack): plan with ``optimizer=None`` then and leave room for its state.
 
     Example:
         >>> blocks = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(4)]
@@ -99,10 +95,17 @@ def plan(
         True
     """
     budget_bytes = parse_bytes(budget)
+    simulated = None if gpu is None else find_gpu(gpu)
     _check_arguments(model, batch, optimizer, accumulate, recorder)
+    _check_place(model, batch, optimizer, shards, is_here=simulated is None)
     candidates = find_units(model, [units] if isinstance(units, str) else list(units))
-    outcome = _search_here(model, batch, loss_fn, budget_bytes, optimizer, accumulate, recorder, candidates)
-    return _as_plan(outcome, budget_bytes, model)
+    told = progress or _untold
+    job = Job(model, batch, loss_fn, budget_bytes, optimizer, accumulate, recorder, candidates, told)
+    if simulated is None:
+        return _as_plan(search_here(job), budget_bytes, model)
+    from gradkern.checkpoint._elsewhere import search_elsewhere  # lazy: torch's fake tensors import triton
+
+    return _as_plan(search_elsewhere(job, simulated, shards), budget_bytes, model)
 
 
 def _check_arguments(
@@ -123,8 +126,6 @@ def _check_arguments(
         raise ValueError(f"plan: accumulate must be at least 1, got {accumulate}")
     if recorder is not None and not callable(getattr(recorder, "held_bytes", None)):
         raise TypeError(f"plan: recorder must have a method held_bytes(), got {type(recorder).__name__}")
-    for root in (model, batch, optimizer):
-        require_cpu("plan", tensors_of(root))
     planned = applied_within(model)
     if planned is not None:
         raise RuntimeError(
@@ -139,40 +140,25 @@ def _check_arguments(
             )
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What a search found. Holds no tensors but the model's, for errors carry it along."""
-
-    measured: Profile
-    found: Found
-    fixed_bytes: int
-    step_bytes: int
-    source: str
-
-
-def _search_here(
-    model: nn.Module,
-    batch: Batch,
-    loss_fn: LossFn | None,
-    budget_bytes: int,
-    optimizer: torch.optim.Optimizer | None,
-    accumulate: int,
-    recorder: HoldsBytes | None,
-    candidates: list[str],
-) -> _Outcome:
-    """Profile, solve and confirm on this machine, with the model's state put aside."""
-    with preserved(model) as aside, torch.enable_grad():
-        trial = Trial(model, batch, loss_fn, accumulate, aside.rewind_generators, Machine())
-        measured = profile(trial, candidates, aside)
-        optimizer_cost = OptimizerCost(0, 0)
-        if optimizer is not None:
-            optimizer_cost = measure_optimizer(optimizer, measured.kept.has_grad)
-        fixed_bytes = _fixed_bytes(aside, recorder, model, optimizer, batch) + optimizer_cost.missing_state_bytes
-        found = fit(trial, measured, budget_bytes, fixed_bytes, optimizer_cost.step_bytes)
-        return _Outcome(measured, found, fixed_bytes, optimizer_cost.step_bytes, "cpu")
+def _check_place(
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None, shards: int, *, is_here: bool
+) -> None:
+    """Raise for what cannot be planned where it is to be."""
+    if isinstance(shards, bool) or not isinstance(shards, int):
+        raise TypeError(f"plan: shards must be an int, got {type(shards).__name__}")
+    if shards < 1:
+        raise ValueError(f"plan: shards must be at least 1, got {shards}")
+    if is_here and shards > 1:
+        raise ValueError(f"plan: shards={shards} needs gpu=, for what is measured here is one process; name the GPU")
+    for root in (model, batch, optimizer) if is_here else ():
+        require_cpu("plan", tensors_of(root))
 
 
-def _as_plan(outcome: _Outcome, budget_bytes: int, model: nn.Module) -> Plan:
+def _untold(text: str) -> None:
+    """Nobody asked for progress."""
+
+
+def _as_plan(outcome: Outcome, budget_bytes: int, model: nn.Module) -> Plan:
     """Write down what was found.
 
     Raises:
@@ -195,23 +181,3 @@ def _as_plan(outcome: _Outcome, budget_bytes: int, model: nn.Module) -> Plan:
         units=measured.unit_plans(found.choices),
         fingerprint=Fingerprint.of(model),
     )
-
-
-def _fixed_bytes(aside: Preserved, recorder: HoldsBytes | None, *roots: object) -> int:
-    """Bytes alive all through a step: everything there is now, without what is put aside for profiling."""
-    gc.collect()
-    allocator = make_meter().allocator
-    alive = live_bytes(allocator, *roots) + _LOOP_BYTES
-    if allocator is not None:
-        alive -= aside.held_bytes(allocator)
-    if recorder is None:
-        return alive
-    known = storages_of(*roots)
-    seen = 0
-    if allocator is not None:
-        seen = sum(
-            storage.nbytes()
-            for key, storage in storages_of(recorder).items()
-            if key not in known and allocator.owns(storage)
-        )
-    return alive + max(0, recorder.held_bytes() - seen)

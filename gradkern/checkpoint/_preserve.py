@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradkern.checkpoint._allocator import CountingAllocator
 from gradkern.checkpoint._storages import storages_of
 
-__all__ = ["Preserved", "preserved", "same_bits"]
+__all__ = ["Generators", "Preserved", "preserved", "same_bits"]
 
 
 class Preserved:
@@ -27,7 +27,7 @@ class Preserved:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.generators = _Generators.now()
+        self.generators = Generators.now()
         self.training = {module: module.training for module in model.modules()}
         self.registered = {
             module: (dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()
@@ -78,18 +78,20 @@ class Preserved:
 
 
 @dataclass(frozen=True)
-class _Generators:
-    """States of the global generators."""
+class Generators:
+    """States of the global generators of torch (CPU), Python and numpy."""
 
     torch_state: Tensor
     python_state: tuple[Any, ...]
     numpy_state: dict[str, Any]
 
     @classmethod
-    def now(cls) -> _Generators:
+    def now(cls) -> Generators:
+        """Read them."""
         return cls(torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False))  # noqa: NPY002
 
     def restore(self) -> None:
+        """Set them back."""
         torch.set_rng_state(self.torch_state)
         random.setstate(self.python_state)
         np.random.set_state(self.numpy_state)  # noqa: NPY002

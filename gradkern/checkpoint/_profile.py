@@ -28,7 +28,7 @@ from gradkern.checkpoint._survey import find_order, find_repeatable
 from gradkern.checkpoint._units import unit_module
 from gradkern.loss import Batch, LossFn, compute_loss
 
-__all__ = ["CycleCost", "Span", "Trial"]
+__all__ = ["CycleCost", "Difference", "Span", "Trial"]
 
 
 class Visit(NamedTuple):
@@ -63,13 +63,32 @@ class Span:
     @property
     def peak_bytes(self) -> int:
         """Most bytes above what earlier spans of the same micro-batch had left, forward or backward."""
-        return self.peak_in_place_of(self)
+        return max((visit.peak_bytes + visit.gradient_bytes for visit in self.visits), default=0)
 
-    def peak_in_place_of(self, other: Span) -> int:
-        """``peak_bytes`` if this ran where ``other`` did, a span of the same kind with other gradients around it."""
-        around = other if len(other.visits) == len(self.visits) else self
-        pairs = zip(self.visits, around.visits, strict=True)
-        return max((own.peak_bytes + there.gradient_bytes for own, there in pairs), default=0)
+    def beyond(self, other: Span) -> Difference:
+        """What this needs more than the same unit did when it ran otherwise."""
+        if len(self.visits) != len(other.visits):
+            return Difference(self.saved_bytes - other.saved_bytes, (self.peak_bytes - other.peak_bytes,))
+        pairs = zip(self.visits, other.visits, strict=True)
+        return Difference(
+            self.saved_bytes - other.saved_bytes, tuple(own.peak_bytes - its.peak_bytes for own, its in pairs)
+        )
+
+    def with_difference(self, difference: Difference) -> tuple[int, int]:
+        """Saved bytes and peak of a unit like this one that needs so much more."""
+        more = difference.peak_bytes
+        if len(more) != len(self.visits):
+            more = (max(more, default=0),) * len(self.visits)
+        pairs = zip(self.visits, more, strict=True)
+        peak_bytes = max((visit.peak_bytes + visit.gradient_bytes + each for visit, each in pairs), default=0)
+        return self.saved_bytes + difference.saved_bytes, peak_bytes
+
+
+class Difference(NamedTuple):
+    """What a unit needs more than when it ran otherwise: bytes saved, and at the peak of every visit."""
+
+    saved_bytes: int
+    peak_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,7 @@ class Trial:
             gradients of all parameters made.
         rewind: Sets the global generators back; called before every cycle, so that all run the same program.
         source: Where bytes and seconds are read.
+        progress: Told what runs next, in a few words.
     """
 
     def __init__(
@@ -113,6 +133,7 @@ class Trial:
         accumulate: int,
         rewind: Callable[[], None],
         source: Source,
+        progress: Callable[[str], None],
     ) -> None:
         self.model = model
         self.batch = batch
@@ -120,6 +141,7 @@ class Trial:
         self.micro_batches = min(accumulate, 2)
         self.rewind = rewind
         self.source = source
+        self.progress = progress
 
     def survey(self, candidates: list[str]) -> tuple[list[str], frozenset[str]]:
         """Return the units among ``candidates`` in order of execution, and those of them that can be recomputed.

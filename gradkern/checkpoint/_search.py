@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from gradkern.checkpoint._native_solver import fastest_chain
 from gradkern.checkpoint._operators import UnitOperators, saving_sets
-from gradkern.checkpoint._preserve import Preserved
-from gradkern.checkpoint._profile import CycleCost, Span, Trial
+from gradkern.checkpoint._profile import CycleCost, Difference, Trial
 from gradkern.checkpoint._recompute import OpCall, Recompute, uses_cache
 from gradkern.checkpoint._solver import Option, extra_seconds, peak_of, solve
 from gradkern.checkpoint._unit_plan import KEEP, RECOMPUTE, UnitOption, UnitPlan
@@ -66,33 +65,48 @@ class Profile:
         names = (STEM, *self.names, HEAD)
         rows = zip(names, choices, self.options, self.kept.spans, strict=True)
         return tuple(
-            UnitPlan(name, options[choice].name, options, kept.forward_s, kept.backward_s, self.buffers.get(name, ()))
+            UnitPlan(
+                name=name,
+                option=options[choice].name,
+                options=options,
+                forward_s=kept.forward_s,
+                backward_s=kept.backward_s,
+                gradient_bytes=kept.visits[1].gradient_bytes if len(kept.visits) > 1 else 0,
+                mutated_buffers=self.buffers.get(name, ()),
+            )
             for name, choice, options, kept in rows
         )
 
 
-def profile(trial: Trial, candidates: list[str], aside: Preserved) -> Profile:
+def profile(trial: Trial, candidates: list[str], changed_buffers: Callable[[], list[str]]) -> Profile:
     """Measure every option of every unit.
 
     Args:
         trial: Runs the model.
         candidates: Names of modules that may be units.
-        aside: The model's state before anything ran.
+        changed_buffers: Names the buffers that what ran so far has changed.
     """
+    trial.progress("finding the order of the units")
     names, repeatable = trial.survey(candidates)
-    changed = aside.changed_buffers()
+    changed = changed_buffers()
     plain = {name: Recompute(_mutated_buffers(trial.model, name, changed)) for name in names if name in repeatable}
-    trial.warm_up(plain)
-    kept, recomputed = trial.measure(names, {}), trial.measure(names, plain)
+    if trial.source.compares_bits:
+        trial.warm_up(plain)
+    trial.progress("measuring with everything kept")
+    kept = trial.measure(names, {})
+    trial.progress("measuring with everything recomputed")
+    recomputed = trial.measure(names, plain)
     repeats = trial.measure(names, {}).grad_bits == kept.grad_bits if recomputed.grad_bits != kept.grad_bits else True
     if repeats and recomputed.grad_bits != kept.grad_bits:
         plain = _with_right_gradients(trial, names, plain, kept)
         recomputed = trial.measure(names, plain)
-    # A plan turns key/value caches off, so its cycle with everything kept is not that of the model as it is.
-    natural = trial.measure(names) if uses_cache(trial.model) else kept
+    # A plan turns key/value caches off, so its cycle with everything kept is not that of the model as it is. A cache
+    # only holds what backward needs anyway, but for copies; a simulation does without them.
+    natural = trial.measure(names) if uses_cache(trial.model) and trial.source.compares_bits else kept
+    trial.progress("timing operators")
     operators = trial.operators(list(plain))
     kinds = _kinds(trial, names, operators, kept, recomputed)
-    selected = _measure_sets(trial, names, plain, kinds, kept if repeats else None)
+    selected = _measure_sets(trial, names, plain, kinds, kept if repeats else None, recomputed)
     return Profile(
         names=tuple(names),
         buffers={name: how.mutated_buffers for name, how in plain.items()},
@@ -117,7 +131,7 @@ def _with_right_gradients(
 
 @dataclass(frozen=True)
 class _Kind:
-    """Units that ran the same operators and held the same bytes: what one of them costs the others cost.
+    """Units of one class that ran the same operators: what outputs are worth holding in one is worth it in all.
 
     Attributes:
         indices: Their positions among stem, units and head.
@@ -147,26 +161,30 @@ def _kinds(
     alike: dict[object, list[int]] = {}
     for index, name in enumerate(names, start=1):
         if name in operators:
-            saved = kept.spans[index].saved_bytes, recomputed.spans[index].saved_bytes
-            alike.setdefault((type(unit_module(trial.model, name)), operators[name].signature, saved), []).append(index)
+            alike.setdefault((type(unit_module(trial.model, name)), operators[name].signature), []).append(index)
     kinds = []
     for indices in alike.values():
         ran = tuple(operators[names[index - 1]] for index in indices)
-        spared = kept.spans[indices[0]].saved_bytes - recomputed.spans[indices[0]].saved_bytes
+        spared = max(kept.spans[index].saved_bytes - recomputed.spans[index].saved_bytes for index in indices)
         forward_s = statistics.median(kept.spans[index].forward_s for index in indices)
         kinds.append(_Kind(tuple(indices), ran, forward_s, tuple(saving_sets(ran, spared - 1))))
     return kinds
 
 
 def _measure_sets(
-    trial: Trial, names: Sequence[str], plain: Mapping[str, Recompute], kinds: Sequence[_Kind], kept: CycleCost | None
-) -> dict[tuple[int, int], Span]:
-    """Measure units with some outputs held, by position of kind and of set.
+    trial: Trial,
+    names: Sequence[str],
+    plain: Mapping[str, Recompute],
+    kinds: Sequence[_Kind],
+    kept: CycleCost | None,
+    recomputed: CycleCost,
+) -> dict[tuple[int, int], Difference]:
+    """Measure what units with some outputs held need beyond plain ones, by position of kind and of set.
 
     Units of one kind try different sets in one cycle, so that a model of many equal units takes one cycle more. A cycle
     whose gradients are not those of ``kept`` counts for nothing.
     """
-    found: dict[tuple[int, int], Span] = {}
+    found: dict[tuple[int, int], Difference] = {}
     cycles = max((-(-len(kind.sets) // len(kind.indices)) for kind in kinds), default=0)
     for cycle in range(cycles):
         chosen, tried = dict(plain), {}
@@ -176,9 +194,11 @@ def _measure_sets(
                 name = names[index - 1]
                 chosen[name] = Recompute(plain[name].mutated_buffers, kind.sets[number])
                 tried[at, number] = index
+        trial.progress("measuring with some outputs held")
         cost = trial.measure(names, chosen)
         if kept is None or cost.grad_bits == kept.grad_bits:
-            found.update({which: cost.spans[index] for which, index in tried.items()})
+            for which, index in tried.items():
+                found[which] = cost.spans[index].beyond(recomputed.spans[index])
     return found
 
 
@@ -186,7 +206,7 @@ def _options(
     kinds: Sequence[_Kind],
     kept: CycleCost,
     recomputed: CycleCost,
-    selected: Mapping[tuple[int, int], Span],
+    selected: Mapping[tuple[int, int], Difference],
     select_s: float,
 ) -> tuple[tuple[UnitOption, ...], ...]:
     """Options of every span; stem, head and units that cannot be recomputed have one, ``keep``."""
@@ -202,11 +222,11 @@ def _options(
                 UnitOption(RECOMPUTE, again.saved_bytes, again.peak_bytes, kind.again_s()),
             ]
             for number, saved_ops in enumerate(kind.sets):
-                span = selected.get((at, number))
-                if span is not None:
+                difference = selected.get((at, number))
+                if difference is not None:
                     extra_s = kind.again_s(saved_ops) + select_s * len(ran.operators)
-                    peak_bytes = span.peak_in_place_of(again)
-                    found.append(UnitOption(f"select {number + 1}", span.saved_bytes, peak_bytes, extra_s, saved_ops))
+                    saved_bytes, peak_bytes = again.with_difference(difference)
+                    found.append(UnitOption(f"select {number + 1}", saved_bytes, peak_bytes, extra_s, saved_ops))
             options[index] = tuple(found)
     return tuple(options)
 
@@ -259,6 +279,7 @@ class _Runs:
     def peak(self, choices: tuple[int, ...]) -> int:
         """Peak of a step under a choice of option for stem, units and head."""
         if choices not in self._peaks:
+            self._trial.progress("running a plan")
             self.know(choices, self._trial.measure(self._costs.names, self._costs.recompute(choices)))
         return self._peaks[choices]
 

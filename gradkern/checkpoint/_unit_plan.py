@@ -52,6 +52,7 @@ class UnitPlan:
             units that do not repeat.
         forward_s: Seconds forward when kept.
         backward_s: Seconds backward when kept.
+        gradient_bytes: Gradients of parameters that are there when its backward begins.
         mutated_buffers: Buffers that its forward changes, or may change once modules that were in eval mode
             while planning train; recomputing leaves no trace in them.
     """
@@ -61,6 +62,7 @@ class UnitPlan:
     options: tuple[UnitOption, ...]
     forward_s: float
     backward_s: float
+    gradient_bytes: int
     mutated_buffers: tuple[str, ...]
 
     @property
@@ -88,6 +90,7 @@ def read_unit(stored: dict[str, Any]) -> UnitPlan:
         options=tuple(_read_option(option) for option in checked("options", stored["options"], list)),
         forward_s=checked("forward_s", stored["forward_s"], (int, float)),
         backward_s=checked("backward_s", stored["backward_s"], (int, float)),
+        gradient_bytes=checked("gradient_bytes", stored["gradient_bytes"], int),
         mutated_buffers=tuple(checked("mutated_buffers", buffer, str) for buffer in buffers),
     )
     if name in (STEM, HEAD) and unit.option != KEEP:

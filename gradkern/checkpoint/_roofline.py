@@ -1,0 +1,45 @@
+"""Seconds of an operator on a GPU that is not here: the larger of arithmetic and memory traffic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from gradkern.checkpoint._gpus import Gpu
+
+__all__ = ["operator_seconds"]
+
+_LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.aten.gather, torch.ops.aten.index}
+
+
+def operator_seconds(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, gpu: Gpu) -> float:
+    """Return ``max(flops / rate, bytes / bandwidth)`` of one call; 0 for views, which run nothing.
+
+    Floating point operations are counted by ``torch.utils.flop_counter`` (matrix products, convolutions, attention);
+    bytes are those of all tensors that go in and come out, each read or written once; where rows are looked up, those
+    of the rows.
+    """
+    outputs = _tensors(result)
+    packet = getattr(func, "overloadpacket", None)
+    inputs = outputs if packet in _LOOKUPS else [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+    count = flop_registry.get(packet)
+    flops = 0.0 if count is None else float(count(*args, **kwargs, out_val=result))
+    dtype = next((tensor.dtype for tensor in outputs), torch.float32)
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+    return max(flops / gpu.flops(dtype), nbytes / gpu.bytes_per_s)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Tensors and lists of tensors among the arguments of an operator: it takes nothing deeper."""
+    if isinstance(values, Tensor):
+        return [values]
+    if not isinstance(values, (tuple, list)):
+        return []
+    found = [value for value in values if isinstance(value, Tensor)]
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found

@@ -1,0 +1,283 @@
+"""A GPU that is not here: its memory counted and its clock advanced by every operator that runs on stand-ins.
+
+The model, the batch and the optimizer are copied as *fake* tensors: shapes without values, said to be on the CPU
+because a build of torch without CUDA cannot run backward on fake CUDA tensors. What runs on them allocates what it
+would on the GPU, but for attention, which is sent to the kernels that CUDA would choose.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from gradkern.checkpoint._allocator import CountingAllocator
+from gradkern.checkpoint._gpus import Gpu
+from gradkern.checkpoint._meter import Mark
+from gradkern.checkpoint._roofline import operator_seconds
+from gradkern.checkpoint._storages import dense_parts, storages_of, tensors_of
+
+__all__ = ["FakeCopies", "Simulation", "block_bytes"]
+
+# The caching allocator gives out multiples of this (kMinBlockSize in torch's c10/cuda/CUDACachingAllocator.cpp).
+_BLOCK_BYTES = 512
+
+_MOST_HEAD_DIM = 256  # of torch's flash attention
+
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def block_bytes(*roots: object) -> int:
+    """Bytes of the storages behind ``roots``, each once, in blocks of the caching allocator."""
+    return sum(_rounded(storage.nbytes()) for storage in storages_of(*roots).values())
+
+
+class Simulation(TorchDispatchMode):
+    """Counts and clocks what runs inside it, as a ``Source`` of costs.
+
+    Args:
+        gpu: Whose clock and allocator.
+        shards: Processes that parameters, gradients and optimizer state are spread over, as FSDP does: gradients of a
+            unit shrink to their share when its backward is over.
+        compares_bits: Whether what runs has values; fake tensors have none.
+    """
+
+    select_s = 0.0  # the host's work; a GPU that is kept busy does not wait for it
+
+    def __init__(self, gpu: Gpu, shards: int, *, compares_bits: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.gpu = gpu
+        self.shards = shards
+        self.compares_bits = compares_bits
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.seconds = 0.0
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._whole_gradients: list[Tensor] = []
+        self._aliases: dict[Any, bool] = {}
+
+    def meter(self) -> SimulatedMeter:
+        """A new meter."""
+        return SimulatedMeter(self)
+
+    def clock(self) -> float:
+        """Seconds of the GPU's work so far."""
+        return self.seconds
+
+    @contextmanager
+    def watching(self, params: list[nn.Parameter]) -> Iterator[None]:
+        """Run the block inside, and notice when gradients are made."""
+        handles = [param.register_post_accumulate_grad_hook(self._note_gradient) for param in params]
+        try:
+            # Real tensors on a CPU have no kernels for what a GPU would run.
+            with nullcontext() if self.compares_bits else _gpu_attention(), self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def spread_gradients(self) -> None:
+        """Leave of the gradients made since the last call the share of one process."""
+        for grad in self._whole_gradients:
+            key = grad.untyped_storage()._cdata
+            size = self._sizes.get(key, 0)
+            share = _rounded(-(-grad.untyped_storage().nbytes() // self.shards))
+            if share < size:
+                self._sizes[key] = share
+                self.live_bytes -= size - share
+        self._whole_gradients.clear()
+
+    def bytes_of(self, tensor: Tensor) -> int:
+        """Bytes that it counts for a tensor."""
+        return sum(self._sizes.get(part.untyped_storage()._cdata, 0) for part in dense_parts(tensor))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        aliases = self._aliases.get(func)
+        if aliases is None:
+            aliases = any(returned.alias_info is not None for returned in func._schema.returns)
+            self._aliases[func] = aliases
+        if not aliases:
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            for output in outputs:
+                if isinstance(output, Tensor):
+                    self._note_output(output)
+            self._note_transient(func, args)
+        if not aliases or func._schema.is_mutable:
+            self.seconds += operator_seconds(func, args, kwargs, result, self.gpu)
+        return result
+
+    def _note_output(self, output: Tensor) -> None:
+        for part in dense_parts(output):
+            storage = part.untyped_storage()
+            key = storage._cdata
+            if key not in self._sizes:
+                size = _rounded(storage.nbytes())
+                self._sizes[key] = size
+                self._references[key] = weakref.ref(storage, partial(self._note_free, key))
+                self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _note_transient(self, func: Any, args: tuple[Any, ...]) -> None:
+        """What a kernel allocates and frees inside itself, where it is large."""
+        if getattr(func, "overloadpacket", None) is _FLASH_BACKWARD:
+            # The gradient of the queries is summed up in fp32, and a number a row (mha_bwd of FlashAttention 2).
+            query = args[1]
+            transient = 4 * query.numel() + 4 * (query.numel() // query.shape[-1])
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes + transient)
+
+    def _note_free(self, key: int, reference: object) -> None:
+        self.live_bytes -= self._sizes.pop(key)
+        del self._references[key]
+
+    def _note_gradient(self, param: Tensor) -> None:
+        if self.shards > 1 and param.grad is not None:
+            self._whole_gradients.append(param.grad)
+
+
+class SimulatedMeter:
+    """Live bytes of a simulation between marks."""
+
+    allocator: CountingAllocator | None = None
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+        self.marks: list[Mark] = []
+        self.timeline: list[tuple[float, int]] = []
+
+    def __enter__(self) -> SimulatedMeter:
+        self._start_bytes = self._simulation.live_bytes
+        self._simulation.peak_bytes = self._start_bytes
+        self.mark()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.mark()
+
+    def mark(self) -> None:
+        """Close the current interval and begin the next."""
+        simulation = self._simulation
+        peak = simulation.peak_bytes - self._start_bytes
+        simulation.spread_gradients()
+        live = simulation.live_bytes - self._start_bytes
+        simulation.peak_bytes = simulation.live_bytes
+        self.marks.append(Mark(live, peak, simulation.seconds))
+
+    def bytes_of(self, tensor: Tensor) -> int:
+        """Bytes that it counts for a tensor."""
+        return self._simulation.bytes_of(tensor)
+
+
+@contextmanager
+def _gpu_attention() -> Iterator[None]:
+    """Send attention to the kernels that torch chooses on a GPU, for what they save for backward.
+
+    The function itself is replaced while the block runs: a ``TorchFunctionMode`` is off inside ``Tensor.backward``,
+    where recomputation runs.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(nn.functional, "scaled_dot_product_attention", _attention))
+        masks = sys.modules.get("transformers.masking_utils")
+        if hasattr(masks, "find_packed_sequence_indices"):
+            # It looks at values to see that no sequences are packed, and without values takes it that some are.
+            stack.enter_context(_replaced(masks, "find_packed_sequence_indices", lambda position_ids: None))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an attribute have another value while the block runs."""
+    own = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Flash attention for half precision without a mask, memory-efficient attention else."""
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    if is_half and attn_mask is None and query.shape[-1] <= _MOST_HEAD_DIM and query.dim() == 4:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return _first(flash(query, key, value, dropout_p, is_causal, False, scale=scale))
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return _first(efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale))
+
+
+def _first(outputs: tuple[Tensor, ...]) -> Tensor:
+    return outputs[0]
+
+
+class FakeCopies:
+    """Copies of a model and what belongs to it, of fake tensors; a tensor that they share is copied once."""
+
+    def __init__(self) -> None:
+        # A loss may close over tensors of its own.
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._memo: dict[int, Any] = {}
+        self._originals: list[object] = []  # kept, for the memo is by identity
+
+    def of(self, root: Any) -> Any:
+        """A deep copy of ``root`` whose tensors are fake."""
+        for tensor in tensors_of(root):
+            self._enter(tensor)
+        self._originals.append(root)
+        return copy.deepcopy(root, self._memo)
+
+    def of_batch(self, batch: Any) -> Any:
+        """A batch of fake tensors."""
+        return tree_map_only(Tensor, self._enter, batch)
+
+    def _enter(self, tensor: Tensor) -> Tensor:
+        known = self._memo.get(id(tensor))
+        if known is None:
+            with self.mode:
+                known = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                if isinstance(tensor, nn.Parameter):
+                    known = nn.Parameter(known, requires_grad=tensor.requires_grad)
+                elif tensor.requires_grad:
+                    known.requires_grad_()
+            self._memo[id(tensor)] = known
+            self._originals.append(tensor)
+        return known
