@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from gradkern.errors import BackendUnavailableError
 
-__all__ = ["LIBRARY", "CountingAllocator", "allocator_unavailable_reason", "load_allocator"]
+__all__ = ["LIBRARY", "CountingAllocator", "allocator_unavailable_reason", "load_allocator", "uncapped"]
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_alloc.so"
 
@@ -91,6 +93,21 @@ def load_allocator() -> CountingAllocator:
             of torch, or another library has replaced torch's CPU allocator.
     """
     return _load(LIBRARY)
+
+
+@contextmanager
+def uncapped() -> Iterator[None]:
+    """Lift a cap while the block runs; nothing where there is none."""
+    allocator = None if allocator_unavailable_reason() else load_allocator()
+    cap_bytes = None if allocator is None else allocator.cap_bytes
+    if allocator is None or cap_bytes is None:
+        yield
+        return
+    allocator.set_cap(None)
+    try:
+        yield
+    finally:
+        allocator.set_cap(cap_bytes)
 
 
 def allocator_unavailable_reason() -> str | None:

@@ -100,7 +100,7 @@ def _search(
     state_bytes = block_bytes(model, optimizer, batch) - model_bytes
     with simulation.watching(list(model.parameters())), torch.enable_grad():
         trial = Trial(model, batch, job.loss_fn, job.accumulate, before.restore, simulation, job.progress)
-        measured = profile(trial, job.candidates, changed_buffers)
+        measured = profile(trial, job.candidates, changed_buffers, job.saving_sets)
         step = OptimizerCost(0, 0)
         if optimizer is not None:
             is_copy = optimizer is not job.optimizer

@@ -1,4 +1,4 @@
-"""Searching for a plan on this machine."""
+"""Searching for a plan on this machine, and measuring one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradkern.checkpoint._profile import Trial
 from gradkern.checkpoint._search import fit, profile
 from gradkern.checkpoint._storages import live_bytes, storages_of
 
-__all__ = ["search_here"]
+__all__ = ["measure_here", "search_here"]
 
 
 def search_here(job: Job) -> Outcome:
@@ -23,13 +23,30 @@ def search_here(job: Job) -> Outcome:
     with preserved(job.model) as aside, torch.enable_grad():
         rewind = aside.rewind_generators
         trial = Trial(job.model, job.batch, job.loss_fn, job.accumulate, rewind, source, job.progress)
-        measured = profile(trial, job.candidates, aside.changed_buffers)
+        measured = profile(trial, job.candidates, aside.changed_buffers, job.saving_sets)
         step = OptimizerCost(0, 0)
         if job.optimizer is not None:
             step = measure_optimizer(job.optimizer, measured.kept.has_grad, source)
         fixed_bytes = _fixed_bytes(aside, job.recorder, job.model, job.optimizer, job.batch) + step.missing_state_bytes
         found = fit(trial, measured, job.budget_bytes, fixed_bytes, step.step_bytes)
         return Outcome(measured, found, fixed_bytes, step.step_bytes, "cpu")
+
+
+def measure_here(job: Job) -> int:
+    """Return the peak of a step of the model as it is, a plan applied or not, with its state put aside.
+
+    The job's candidates are its units in order of execution.
+    """
+    source = Machine()
+    with preserved(job.model) as aside, torch.enable_grad():
+        rewind = aside.rewind_generators
+        trial = Trial(job.model, job.batch, job.loss_fn, job.accumulate, rewind, source, job.progress)
+        cycle = trial.measure(job.candidates)
+        step = OptimizerCost(0, 0)
+        if job.optimizer is not None:
+            step = measure_optimizer(job.optimizer, cycle.has_grad, source)
+        fixed_bytes = _fixed_bytes(aside, job.recorder, job.model, job.optimizer, job.batch) + step.missing_state_bytes
+        return fixed_bytes + max(cycle.peak_bytes, cycle.end_bytes + step.step_bytes)
 
 
 def _fixed_bytes(aside: Preserved, recorder: HoldsBytes | None, *roots: object) -> int:

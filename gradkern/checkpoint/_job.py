@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from gradkern.checkpoint._search import Found, Profile
+from gradkern.checkpoint._search import Found, Profile, SavingSets
 from gradkern.loss import Batch, LossFn
 
 __all__ = ["LOOP_BYTES", "HoldsBytes", "Job", "Outcome"]
@@ -28,7 +28,12 @@ class HoldsBytes(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """The arguments of ``plan``, checked; ``candidates`` are the names of modules that may be units."""
+    """The arguments of ``plan``, checked.
+
+    Attributes:
+        candidates: Names of modules that may be units.
+        saving_sets: Of units, sets of operators whose outputs may be held; None finds some.
+    """
 
     model: nn.Module
     batch: Batch
@@ -39,6 +44,7 @@ class Job:
     recorder: HoldsBytes | None
     candidates: list[str]
     progress: Callable[[str], None]
+    saving_sets: Mapping[str, SavingSets] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -10,8 +11,9 @@ import secrets
 import stat
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from gradkern.checkpoint._bytes import format_bytes, parse_bytes
@@ -23,6 +25,11 @@ from gradkern.checkpoint._solver import peak_of, solve
 from gradkern.checkpoint._timeline import timeline
 from gradkern.checkpoint._unit_plan import KEEP, UnitPlan, checked, read_unit
 from gradkern.errors import PlanInfeasibleError
+from gradkern.loss import Batch, LossFn
+
+if TYPE_CHECKING:
+    from gradkern.checkpoint._job import HoldsBytes
+    from gradkern.checkpoint._validate import Validation
 
 __all__ = ["Plan", "infeasible"]
 
@@ -93,6 +100,41 @@ class Plan:
                 "model it was applied to first"
             )
         apply_recompute(model, self._recompute(), plan_id=self._id)
+
+    def validate(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        loss_fn: LossFn | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        accumulate: int = 1,
+        recorder: HoldsBytes | None = None,
+    ) -> Validation:
+        """Measure a step under this plan, and where it needs more than the budget put a new plan in its place.
+
+        Forward and backward run on the batch, the optimizer steps as a deep copy; afterwards everything is as it was,
+        as after ``plan``. Of use where the batch is not the one planned for, or the plan was made elsewhere: on another
+        machine, for a GPU, with ``for_budget`` or for a length between.
+
+        Args:
+            model: With this plan applied, on the CPU.
+            batch: As in ``checkpoint.plan``; likewise what follows.
+            loss_fn: See there.
+            optimizer: See there.
+            accumulate: See there.
+            recorder: See there.
+
+        Returns:
+            What was predicted and measured, and the plan that is applied now.
+
+        Raises:
+            PlanInfeasibleError: The step needs more than the budget and no plan fits; this one stays applied.
+            RuntimeError: This plan is not applied to ``model``.
+        """
+        from gradkern.checkpoint._validate import validate  # lazy: it makes plans
+
+        return validate(self, model, batch, loss_fn, optimizer=optimizer, accumulate=accumulate, recorder=recorder)
 
     def remove(self, model: nn.Module) -> None:
         """Undo ``apply``: the model is again exactly what it was.
@@ -276,7 +318,15 @@ class Plan:
         ]
         return "\n".join(lines)
 
-    @property
+    def is_applied(self, model: nn.Module) -> bool:
+        """Whether this plan, or one equal to it, is applied to ``model``."""
+        return is_applied(model, self._id)
+
+    def does_as(self, other: Plan) -> bool:
+        """Whether it recomputes the same units in the same way."""
+        return self._recompute() == other._recompute()
+
+    @functools.cached_property
     def _id(self) -> str:
         """Tells plans apart, across processes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()

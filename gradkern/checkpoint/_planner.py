@@ -3,22 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import overload
 
 import torch
 from torch import nn
 
 from gradkern.checkpoint._bytes import parse_bytes
 from gradkern.checkpoint._fingerprint import Fingerprint
-from gradkern.checkpoint._gpus import find_gpu
+from gradkern.checkpoint._gpus import Gpu, find_gpu
 from gradkern.checkpoint._here import search_here
 from gradkern.checkpoint._job import HoldsBytes, Job, Outcome
 from gradkern.checkpoint._plan import Plan, infeasible
 from gradkern.checkpoint._recompute import applied_within
+from gradkern.checkpoint._shapes import ShapePlans, cut, length_of
 from gradkern.checkpoint._storages import require_cpu, tensors_of
 from gradkern.checkpoint._units import find_units
 from gradkern.loss import Batch, LossFn
 
 __all__ = ["plan"]
+
+
+@overload
+def plan(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFn | None = None,
+    *,
+    budget: int | str,
+    optimizer: torch.optim.Optimizer | None = None,
+    accumulate: int = 1,
+    recorder: HoldsBytes | None = None,
+    units: str | Sequence[str] = (),
+    gpu: str | None = None,
+    shards: int = 1,
+    shapes: None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Plan: ...
+
+
+@overload
+def plan(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFn | None = None,
+    *,
+    budget: int | str,
+    optimizer: torch.optim.Optimizer | None = None,
+    accumulate: int = 1,
+    recorder: HoldsBytes | None = None,
+    units: str | Sequence[str] = (),
+    gpu: str | None = None,
+    shards: int = 1,
+    shapes: Sequence[int],
+    progress: Callable[[str], None] | None = None,
+) -> ShapePlans: ...
 
 
 def plan(
@@ -33,8 +72,9 @@ def plan(
     units: str | Sequence[str] = (),
     gpu: str | None = None,
     shards: int = 1,
+    shapes: Sequence[int] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Plan:
+) -> Plan | ShapePlans:
     """Choose which blocks of a model to recompute in backward so that a whole step fits into ``budget``.
 
     The peak is that of a step in its steady state: parameters, buffers, optimizer state (also where it does
@@ -69,10 +109,13 @@ def plan(
             measured. Only where what runs depends on values does the model itself run. None measures here, on the CPU.
         shards: With ``gpu``: processes that parameters, gradients and optimizer state are spread over, as by FSDP. Two
             units and what is in no unit are whole at a time; communication takes no time.
+        shapes: Three or more lengths, the sizes of dimension 1 that batches may have; the largest is that of ``batch``,
+            shorter ones are cut from it. Each is planned for, and the answer chooses for any length up to the largest.
         progress: Called with a few words before each pass over the model.
 
     Returns:
-        A plan, not yet applied. More budget never gives a slower plan for the same measured costs.
+        A plan, not yet applied; with ``shapes`` a ``ShapePlans``. More budget never gives a slower plan for the same
+        measured costs.
 
     Raises:
         PlanInfeasibleError: No choice fits; the message and ``least_feasible_bytes`` name the smallest budget
@@ -101,11 +144,45 @@ def plan(
     candidates = find_units(model, [units] if isinstance(units, str) else list(units))
     told = progress or _untold
     job = Job(model, batch, loss_fn, budget_bytes, optimizer, accumulate, recorder, candidates, told)
-    if simulated is None:
-        return _as_plan(search_here(job), budget_bytes, model)
+    if shapes is None:
+        return _plan_one(job, simulated, shards)
+    lengths = _checked_lengths(shapes, batch)
+    # The longest first: what is worth holding there is measured at the others too.
+    longest = _plan_one(job, simulated, shards)
+    sets = {unit.name: tuple(each.saved_ops for each in unit.options if each.saved_ops) for unit in longest.units}
+    names = [unit.name for unit in longest.units]
+    plans = [longest]
+    for length in reversed(lengths[:-1]):
+        made = _plan_one(replace(job, batch=cut(batch, length), saving_sets=sets), simulated, shards)
+        if [unit.name for unit in made.units] != names:
+            raise ValueError(
+                f"plan: at length {length} the model runs other units than at {lengths[-1]}; leave that length out of "
+                "shapes and plan for it alone"
+            )
+        plans.append(made)
+    return ShapePlans(budget_bytes, tuple(lengths), tuple(reversed(plans)))
+
+
+def _plan_one(job: Job, gpu: Gpu | None, shards: int) -> Plan:
+    """Plan for one batch."""
+    if gpu is None:
+        return _as_plan(search_here(job), job)
     from gradkern.checkpoint._elsewhere import search_elsewhere  # lazy: torch's fake tensors import triton
 
-    return _as_plan(search_elsewhere(job, simulated, shards), budget_bytes, model)
+    return _as_plan(search_elsewhere(job, gpu, shards), job)
+
+
+def _checked_lengths(shapes: Sequence[int], batch: Batch) -> list[int]:
+    """Return the lengths in ascending order, the batch's own the last."""
+    if not all(isinstance(length, int) and not isinstance(length, bool) for length in shapes):
+        raise TypeError(f"plan: shapes must be lengths, ints, got {list(shapes)}")
+    lengths = sorted(set(shapes))
+    if len(lengths) < 3 or lengths[0] < 1 or lengths[-1] != length_of(batch):
+        raise ValueError(
+            f"plan: shapes must be three or more lengths, of which the largest is that of the batch, "
+            f"{length_of(batch)}; got {list(shapes)}"
+        )
+    return lengths
 
 
 def _check_arguments(
@@ -158,7 +235,7 @@ def _untold(text: str) -> None:
     """Nobody asked for progress."""
 
 
-def _as_plan(outcome: Outcome, budget_bytes: int, model: nn.Module) -> Plan:
+def _as_plan(outcome: Outcome, job: Job) -> Plan:
     """Write down what was found.
 
     Raises:
@@ -166,10 +243,10 @@ def _as_plan(outcome: Outcome, budget_bytes: int, model: nn.Module) -> Plan:
     """
     measured, found = outcome.measured, outcome.found
     if found.choices is None:
-        raise infeasible(budget_bytes, found.least_feasible_bytes)
+        raise infeasible(job.budget_bytes, found.least_feasible_bytes)
     natural = measured.natural
     return Plan(
-        budget_bytes=budget_bytes,
+        budget_bytes=job.budget_bytes,
         natural_peak_bytes=outcome.fixed_bytes + max(natural.peak_bytes, natural.end_bytes + outcome.step_bytes),
         predicted_peak_bytes=found.peak_bytes,
         modelled_peak_bytes=found.modelled_bytes,
@@ -179,5 +256,5 @@ def _as_plan(outcome: Outcome, budget_bytes: int, model: nn.Module) -> Plan:
         floor_bytes=measured.kept.end_bytes + outcome.step_bytes,
         source=outcome.source,
         units=measured.unit_plans(found.choices),
-        fingerprint=Fingerprint.of(model),
+        fingerprint=Fingerprint.of(job.model),
     )

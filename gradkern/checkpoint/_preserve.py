@@ -79,20 +79,24 @@ class Preserved:
 
 @dataclass(frozen=True)
 class Generators:
-    """States of the global generators of torch (CPU), Python and numpy."""
+    """States of the global generators of torch (those of GPUs in use too), Python and numpy."""
 
     torch_state: Tensor
+    cuda_states: list[Tensor]
     python_state: tuple[Any, ...]
     numpy_state: dict[str, Any]
 
     @classmethod
     def now(cls) -> Generators:
         """Read them."""
-        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False))  # noqa: NPY002
+        cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(torch.get_rng_state(), cuda_states, random.getstate(), np.random.get_state(legacy=False))  # noqa: NPY002
 
     def restore(self) -> None:
         """Set them back."""
         torch.set_rng_state(self.torch_state)
+        if self.cuda_states:
+            torch.cuda.set_rng_state_all(self.cuda_states)
         random.setstate(self.python_state)
         np.random.set_state(self.numpy_state)  # noqa: NPY002
 

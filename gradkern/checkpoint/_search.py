@@ -17,10 +17,13 @@ from gradkern.checkpoint._solver import Option, extra_seconds, peak_of, solve
 from gradkern.checkpoint._unit_plan import KEEP, RECOMPUTE, UnitOption, UnitPlan
 from gradkern.checkpoint._units import HEAD, STEM, WHOLE_MODEL, unit_module
 
-__all__ = ["Found", "Profile", "fit", "profile"]
+__all__ = ["Found", "Profile", "SavingSets", "fit", "profile"]
 
 # Choices that are run and found above the budget before the one of least memory is taken.
 _MAX_CORRECTIONS = 4
+
+
+SavingSets = tuple[tuple[OpCall, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,19 @@ class Profile:
         )
 
 
-def profile(trial: Trial, candidates: list[str], changed_buffers: Callable[[], list[str]]) -> Profile:
+def profile(
+    trial: Trial,
+    candidates: list[str],
+    changed_buffers: Callable[[], list[str]],
+    known_sets: Mapping[str, SavingSets] | None,
+) -> Profile:
     """Measure every option of every unit.
 
     Args:
         trial: Runs the model.
         candidates: Names of modules that may be units.
         changed_buffers: Names the buffers that what ran so far has changed.
+        known_sets: Of units, sets of operators whose outputs may be held; None finds those worth it.
     """
     trial.progress("finding the order of the units")
     names, repeatable = trial.survey(candidates)
@@ -105,7 +114,7 @@ def profile(trial: Trial, candidates: list[str], changed_buffers: Callable[[], l
     natural = trial.measure(names) if uses_cache(trial.model) and trial.source.compares_bits else kept
     trial.progress("timing operators")
     operators = trial.operators(list(plain))
-    kinds = _kinds(trial, names, operators, kept, recomputed)
+    kinds = _kinds(trial, names, operators, kept, recomputed, known_sets)
     selected = _measure_sets(trial, names, plain, kinds, kept if repeats else None, recomputed)
     return Profile(
         names=tuple(names),
@@ -143,7 +152,7 @@ class _Kind:
     indices: tuple[int, ...]
     operators: tuple[UnitOperators, ...]
     forward_s: float
-    sets: tuple[tuple[OpCall, ...], ...]
+    sets: SavingSets
 
     def again_s(self, saved_ops: tuple[OpCall, ...] = ()) -> float:
         """Seconds that run again where the outputs of ``saved_ops`` are held."""
@@ -156,6 +165,7 @@ def _kinds(
     operators: Mapping[str, UnitOperators],
     kept: CycleCost,
     recomputed: CycleCost,
+    known_sets: Mapping[str, SavingSets] | None,
 ) -> list[_Kind]:
     """Sort the units that can be recomputed into kinds."""
     alike: dict[object, list[int]] = {}
@@ -167,7 +177,9 @@ def _kinds(
         ran = tuple(operators[names[index - 1]] for index in indices)
         spared = max(kept.spans[index].saved_bytes - recomputed.spans[index].saved_bytes for index in indices)
         forward_s = statistics.median(kept.spans[index].forward_s for index in indices)
-        kinds.append(_Kind(tuple(indices), ran, forward_s, tuple(saving_sets(ran, spared - 1))))
+        name = names[indices[0] - 1]
+        sets = tuple(saving_sets(ran, spared - 1)) if known_sets is None else known_sets.get(name, ())
+        kinds.append(_Kind(tuple(indices), ran, forward_s, sets))
     return kinds
 
 
