@@ -1,0 +1,308 @@
+"""Ways to choose what to recompute, ours and others', on one profile of a model, each choice run.
+
+Bytes are those that the allocator hook counts. Seconds are simulated: every operator that runs takes as long as its
+arithmetic or its memory traffic would on the GPU of ``GPU``, so that a noisy machine decides nothing. A way to choose
+has one knob; all its settings are run, and for a budget the fastest of those that stay within it counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._functorch._activation_checkpointing.knapsack import dp_knapsack, greedy_knapsack, ilp_knapsack
+from torch.utils.checkpoint import checkpoint
+
+from gradkern.checkpoint._allocator import load_allocator
+from gradkern.checkpoint._gpus import find_gpu
+from gradkern.checkpoint._meter import AllocatorMeter, Machine, Mark, Meter
+from gradkern.checkpoint._operators import UnitOperators
+from gradkern.checkpoint._preserve import preserved
+from gradkern.checkpoint._profile import Trial
+from gradkern.checkpoint._recompute import Recompute, apply_recompute, remove_recompute
+from gradkern.checkpoint._search import Profile, fit, profile
+from gradkern.checkpoint._simulate import Simulation
+from gradkern.checkpoint._units import find_units
+from gradkern.loss import compute_loss
+
+from .architectures import Architecture
+from .harness import Report
+
+__all__ = ["CHOOSERS", "Profiled", "compare"]
+
+GPU = "H100"
+BUDGETS = 20
+SETTINGS = 20
+
+Choice = dict[str, Recompute]
+"""Units to recompute, and how; the others are kept."""
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """What every way to choose gets to know.
+
+    Attributes:
+        measured: Bytes and seconds of units, kept and recomputed.
+        operators: Of every unit that can be recomputed, its operators with their seconds and bytes.
+    """
+
+    measured: Profile
+    operators: Mapping[str, UnitOperators]
+
+    @property
+    def names(self) -> list[str]:
+        """Units that can be recomputed, in order of execution."""
+        return [name for name in self.measured.names if name in self.measured.buffers]
+
+    def spared_bytes(self, name: str) -> int:
+        """Bytes between forward and backward that recomputing a unit spares."""
+        keep, again = self.measured.options[1 + self.measured.names.index(name)][:2]
+        return max(0, keep.saved_bytes - again.saved_bytes)
+
+    def again_s(self, name: str) -> float:
+        """Seconds that recomputing all of a unit adds."""
+        return self.measured.options[1 + self.measured.names.index(name)][1].extra_s
+
+    def recomputed(self, names: list[str]) -> Choice:
+        """All of these units recomputed, the others kept."""
+        return {name: Recompute(self.measured.buffers[name]) for name in names}
+
+
+def every_n_layers(profiled: Profiled) -> list[Choice]:
+    """As transformers' ``activation_checkpointing_enable(every_n_layers=n)``: the first of every n."""
+    names = profiled.names
+    return [profiled.recomputed(names[::n]) for n in range(1, len(names) + 1)]
+
+
+def _by_units(knapsack: Callable[..., Any]) -> Callable[[Profiled], list[Choice]]:
+    """One of torch's knapsacks over whole units."""
+
+    def choices(profiled: Profiled) -> list[Choice]:
+        names = profiled.names
+        total = sum(map(profiled.spared_bytes, names))
+        memory = [max(1, profiled.spared_bytes(name)) / max(1, total) for name in names]
+        seconds = [profiled.again_s(name) for name in names]
+        found = []
+        for setting in range(SETTINGS + 1):
+            _, _, again = knapsack(memory, seconds, setting / SETTINGS)
+            found.append(profiled.recomputed([names[at] for at in again]))
+        return found
+
+    return choices
+
+
+def _by_operators(knapsack: Callable[..., Any]) -> Callable[[Profiled], list[Choice]]:
+    """One of torch's knapsacks over the operators of all units, as the partitioner of torch.compile uses them."""
+
+    def choices(profiled: Profiled) -> list[Choice]:
+        items = [
+            (name, op)
+            for name in profiled.names
+            for op in profiled.operators[name].operators[: profiled.operators[name].needed]
+            if op.held_bytes and op.seconds > 0
+        ]
+        total = sum(op.held_bytes or 0 for _, op in items)
+        memory = [(op.held_bytes or 0) / max(1, total) for _, op in items]
+        found = []
+        for setting in range(SETTINGS + 1):
+            _, saved, again = knapsack(memory, [op.seconds for _, op in items], setting / SETTINGS)
+            recomputed = {items[at][0] for at in again}
+            held = {name: tuple(items[at][1].call for at in saved if items[at][0] == name) for name in recomputed}
+            # Where every operator is saved there is nothing to recompute: that unit is kept.
+            found.append({name: Recompute(profiled.measured.buffers[name], calls) for name, calls in held.items()})
+        return found
+
+    return choices
+
+
+CHOOSERS: dict[str, Callable[[Profiled], list[Choice]]] = {
+    "every n layers": every_n_layers,
+    "torch greedy, units": _by_units(greedy_knapsack),
+    "torch dp, units": _by_units(dp_knapsack),
+    "torch ilp, units": _by_units(ilp_knapsack),
+    "torch greedy, operators": _by_operators(greedy_knapsack),
+    "torch dp, operators": _by_operators(dp_knapsack),
+    "torch ilp, operators": _by_operators(ilp_knapsack),
+}
+
+
+class _CountedMeter(AllocatorMeter):
+    """Bytes of this machine, seconds of the simulated one."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__(load_allocator())
+        self._simulation = simulation
+
+    def mark(self) -> None:
+        """As ``AllocatorMeter.mark``."""
+        super().mark()
+        self.marks[-1] = Mark(*self.marks[-1][:2], self._simulation.seconds)
+
+
+class _Counted(Machine):
+    """This machine with a clock that nothing disturbs."""
+
+    select_s = 0.0
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+
+    def meter(self) -> Meter:
+        """Bytes by the allocator hook."""
+        return _CountedMeter(self._simulation)
+
+    def clock(self) -> float:
+        """Simulated seconds."""
+        return self._simulation.seconds
+
+
+class _Laboratory:
+    """One model, profiled, in which choices are run."""
+
+    def __init__(self, made: Architecture) -> None:
+        self._made = made
+        self._simulation = Simulation(find_gpu(GPU), 1, compares_bits=True)
+        self._source = _Counted(self._simulation)
+        self._runs: dict[tuple[tuple[str, Recompute], ...], tuple[int, float]] = {}
+        with self._trial() as (trial, changed_buffers):
+            measured = profile(trial, find_units(made.model), changed_buffers, None)
+            self.profiled = Profiled(measured, trial.operators(list(measured.buffers)))
+
+    def ours(self, budget: int) -> tuple[int, float]:
+        """Peak and seconds of our choice for a budget, which must be feasible."""
+        with self._trial() as (trial, _):
+            found = fit(trial, self.profiled.measured, budget, 0, 0)
+        assert found.choices is not None, f"{budget} is below {found.least_feasible_bytes}"
+        return self.run(self.profiled.measured.recompute(found.choices))
+
+    def least_and_natural(self) -> tuple[int, int]:
+        """The smallest peak that we reach, and the peak with everything kept."""
+        with self._trial() as (trial, _):
+            return fit(trial, self.profiled.measured, 1, 0, 0).least_feasible_bytes, self.run({})[0]
+
+    def run(self, choice: Choice) -> tuple[int, float]:
+        """Peak in bytes and simulated seconds of forward and backward, each choice run once."""
+        key = tuple(sorted(choice.items(), key=lambda item: item[0]))
+        if key not in self._runs:
+            apply_recompute(self._made.model, choice, plan_id="bench")
+            try:
+                self._runs[key] = self._measured()
+            finally:
+                remove_recompute(self._made.model)
+        return self._runs[key]
+
+    def run_segments(self, count: int) -> tuple[int, float] | None:
+        """The same with the units in segments, each recomputed as a whole; None where they are in no common list."""
+        names = self.profiled.names
+        parent, _, _ = names[0].rpartition(".")
+        holder = self._made.model.get_submodule(parent)
+        if not isinstance(holder, (nn.Sequential, nn.ModuleList)) or any(n.rpartition(".")[0] != parent for n in names):
+            return None
+        own = dict(holder._modules)
+        units = [own[name.rpartition(".")[2]] for name in names]
+        size = math.ceil(len(units) / count)
+        segments = [_Segment(units[at : at + size]) for at in range(0, len(units), size)]
+        try:
+            for name, unit in own.items():
+                if unit in units:
+                    at = units.index(unit)
+                    if at % size == 0:
+                        holder._modules[name] = segments[at // size]
+                    else:
+                        del holder._modules[name]
+            apply_recompute(self._made.model, {}, plan_id="bench")  # key/value caches off, as for the others
+            try:
+                return self._measured()
+            finally:
+                remove_recompute(self._made.model)
+        finally:
+            holder._modules.clear()
+            holder._modules.update(own)
+
+    @contextmanager
+    def _trial(self) -> Iterator[tuple[Trial, Callable[[], list[str]]]]:
+        made = self._made
+        with preserved(made.model) as aside, self._simulation.watching([]), torch.enable_grad():
+            yield (
+                Trial(made.model, made.batch, made.loss_fn, 1, aside.rewind_generators, self._source, _untold),
+                aside.changed_buffers,
+            )
+
+    def _measured(self) -> tuple[int, float]:
+        """Of the second of two equal steps, so that what is made once is there."""
+        gc.collect()
+        gc.disable()
+        try:
+            with preserved(self._made.model) as aside, self._simulation.watching([]):
+                for _ in range(2):
+                    aside.rewind_generators()
+                    meter = _CountedMeter(self._simulation)
+                    with meter:
+                        # As the profile runs it, so that equal choices need equal bytes.
+                        loss = compute_loss(*self._made)
+                        (loss / 1).backward()
+                    self._made.model.zero_grad()
+        finally:
+            gc.enable()
+        return max(mark.peak_bytes for mark in meter.marks[1:]), meter.marks[-1].time_s - meter.marks[0].time_s
+
+
+class _Segment(nn.Module):
+    """Units one after the other, recomputed together."""
+
+    def __init__(self, units: list[nn.Module]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+
+    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        """Hand the first argument on from unit to unit."""
+        return checkpoint(self._run, hidden, *args, use_reentrant=False, **kwargs)
+
+    def _run(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        for unit in self.units:
+            output = unit(hidden, *args, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return output
+
+
+def _untold(text: str) -> None:
+    """Nobody asked for progress."""
+
+
+def compare(report: Report, case: str, made: Architecture) -> None:
+    """Whether ours is the fastest at every budget, and at every peak that another reaches."""
+    laboratory = _Laboratory(made)
+    families = {
+        name: [laboratory.run(choice) for choice in choose(laboratory.profiled)] for name, choose in CHOOSERS.items()
+    }
+    count = len(laboratory.profiled.names)
+    segments = laboratory.run_segments(math.ceil(math.sqrt(count)))
+    if segments is not None:
+        families["sqrt(n)"] = [segments]
+    least, natural = laboratory.least_and_natural()
+    budgets = [least + (natural - least) * step // BUDGETS for step in range(1, BUDGETS + 1)]
+    ours = {budget: laboratory.ours(budget) for budget in budgets}
+    plain = ours[budgets[-1]][1]
+    wins = 0
+    for budget, (peak, seconds) in ours.items():
+        assert peak <= budget
+        others = [s for runs in families.values() for p, s in runs if p <= budget]
+        wins += seconds <= min(others, default=math.inf) * (1 + 1e-9)
+    report.add(case, "gradkern", "fastest_within_budget", 100 * wins / len(budgets), "%")
+    for name, runs in families.items():
+        best = {budget: min((s for p, s in runs if p <= budget), default=None) for budget in budgets}
+        slower = [100 * (s / ours[b][1] - 1) for b, s in best.items() if s is not None]
+        report.add(case, name, "budgets_met", len(slower), "")
+        if slower:
+            report.add(case, name, "slower_than_gradkern", sum(slower) / len(slower), "%")
+        beaten = [laboratory.ours(peak)[1] <= seconds * (1 + 1e-9) for peak, seconds in runs if peak >= least]
+        report.add(case, name, "own_peaks_not_slower", 100 * sum(beaten) / max(1, len(beaten)), "%")
+    seconds = ours[budgets[0]][1]
+    report.add(case, "gradkern", "more_time_at_the_least_budget", 100 * (seconds / plain - 1), "%")
