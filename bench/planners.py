@@ -20,13 +20,15 @@ from torch._functorch._activation_checkpointing.knapsack import dp_knapsack, gre
 from torch.utils.checkpoint import checkpoint
 
 from gradkern.checkpoint._allocator import load_allocator
+from gradkern.checkpoint._apply import apply_recompute, remove_recompute
 from gradkern.checkpoint._gpus import find_gpu
 from gradkern.checkpoint._meter import AllocatorMeter, Machine, Mark, Meter
 from gradkern.checkpoint._operators import UnitOperators
 from gradkern.checkpoint._preserve import preserved
 from gradkern.checkpoint._profile import Trial
-from gradkern.checkpoint._recompute import Recompute, apply_recompute, remove_recompute
+from gradkern.checkpoint._recompute import Recompute
 from gradkern.checkpoint._search import Profile, fit, profile
+from gradkern.checkpoint._segments import Nest, names_in
 from gradkern.checkpoint._simulate import Simulation
 from gradkern.checkpoint._units import find_units
 from gradkern.loss import compute_loss
@@ -170,7 +172,7 @@ class _Laboratory:
         self._made = made
         self._simulation = Simulation(find_gpu(GPU), 1, compares_bits=True)
         self._source = _Counted(self._simulation)
-        self._runs: dict[tuple[tuple[str, Recompute], ...], tuple[int, float]] = {}
+        self._runs: dict[object, tuple[int, float]] = {}
         with self._trial() as (trial, changed_buffers):
             measured = profile(trial, find_units(made.model), changed_buffers, None)
             self.profiled = Profiled(measured, trial.operators(list(measured.buffers)))
@@ -180,18 +182,21 @@ class _Laboratory:
         with self._trial() as (trial, _):
             found = fit(trial, self.profiled.measured, budget, 0, 0)
         assert found.choices is not None, f"{budget} is below {found.least_feasible_bytes}"
-        return self.run(self.profiled.measured.recompute(found.choices))
+        if found.nesting is None:
+            return self.run(self.profiled.measured.recompute(found.choices))
+        names = [name for segment in found.nesting.segments for name in names_in(segment)]
+        return self.run(self.profiled.recomputed(names), found.nesting.segments)
 
     def least_and_natural(self) -> tuple[int, int]:
         """The smallest peak that we reach, and the peak with everything kept."""
         with self._trial() as (trial, _):
             return fit(trial, self.profiled.measured, 1, 0, 0).least_feasible_bytes, self.run({})[0]
 
-    def run(self, choice: Choice) -> tuple[int, float]:
+    def run(self, choice: Choice, segments: tuple[Nest, ...] = ()) -> tuple[int, float]:
         """Peak in bytes and simulated seconds of forward and backward, each choice run once."""
-        key = tuple(sorted(choice.items(), key=lambda item: item[0]))
+        key = tuple(sorted(choice.items(), key=lambda item: item[0])), segments
         if key not in self._runs:
-            apply_recompute(self._made.model, choice, plan_id="bench")
+            apply_recompute(self._made.model, choice, segments, plan_id="bench")
             try:
                 self._runs[key] = self._measured()
             finally:
@@ -248,6 +253,7 @@ class _Laboratory:
                         # As the profile runs it, so that equal choices need equal bytes.
                         loss = compute_loss(*self._made)
                         (loss / 1).backward()
+                    del loss
                     self._made.model.zero_grad()
         finally:
             gc.enable()

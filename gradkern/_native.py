@@ -28,6 +28,8 @@ _SCHEMAS = (
     "_least_capacity_(Tensor first, Tensor saved, Tensor peak, Tensor extra, Tensor(a!) choices) -> int",
     "_prefix_knapsack_(Tensor first, Tensor saved, Tensor peak, Tensor extra, int capacity, int states, "
     "Tensor(a!) choices) -> (float, bool)",
+    "_rotor_table_(Tensor first, Tensor option_held, Tensor option_needs, Tensor option_s, Tensor input_held, "
+    "Tensor start_needs, Tensor run_needs, Tensor forward_s, int slots, Tensor(a!) table) -> ()",
     "_triad_(Tensor(a!) out, Tensor a, Tensor b, bool streaming) -> ()",
     "_isa() -> str",
 )

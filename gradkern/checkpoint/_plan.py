@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gradkern.checkpoint._apply import applied_within, apply_recompute, is_applied, remove_recompute
 from gradkern.checkpoint._bytes import format_bytes, parse_bytes
 from gradkern.checkpoint._fingerprint import Fingerprint, TensorInfo
 from gradkern.checkpoint._native_solver import fastest_chain
 from gradkern.checkpoint._plot import Picture, draw
-from gradkern.checkpoint._recompute import Recompute, applied_within, apply_recompute, is_applied, remove_recompute
+from gradkern.checkpoint._recompute import Recompute
+from gradkern.checkpoint._segments import Nest, names_in
 from gradkern.checkpoint._solver import peak_of, solve
 from gradkern.checkpoint._timeline import timeline
-from gradkern.checkpoint._unit_plan import KEEP, UnitPlan, checked, read_unit
+from gradkern.checkpoint._unit_plan import KEEP, NESTED, UnitPlan, checked, read_unit
 from gradkern.errors import PlanInfeasibleError
 from gradkern.loss import Batch, LossFn
 
@@ -46,7 +48,8 @@ class Plan:
         natural_peak_bytes: Peak of a step of the model as it is.
         predicted_peak_bytes: Peak of a step under this plan; a step under it was run and measured.
         modelled_peak_bytes: The same as the profile of the units alone foretold it.
-        least_feasible_bytes: The smallest budget that ``plan`` can meet for this model and batch.
+        least_feasible_bytes: The smallest budget that ``plan`` can meet for this model and batch without nesting;
+            with it, where it was needed.
         gap: Bound on how much faster any other choice of units could be, as a fraction of the time of forward
             and backward under the ideal choice. It is proven for a chain of units, one after the other, with the
             bytes and seconds measured for each; 0.0 means that no choice is faster there.
@@ -54,6 +57,8 @@ class Plan:
         floor_bytes: Above those, what the end of a step needs whatever is chosen: gradients and the optimizer's own.
         source: What its bytes and seconds were read from: ``"cpu"``, or the GPU that was simulated.
         units: What to do with each unit.
+        segments: Units that are recomputed together, by name: what flows into the first is held, and when backward
+            arrives they all run again, of inner tuples only holding what flows in. Empty unless units are nested.
         fingerprint: The model it is for.
     """
 
@@ -67,6 +72,7 @@ class Plan:
     floor_bytes: int
     source: str
     units: tuple[UnitPlan, ...]
+    segments: tuple[Nest, ...]
     fingerprint: Fingerprint
 
     def apply(self, model: nn.Module) -> None:
@@ -99,7 +105,7 @@ class Plan:
                 f"a plan made for another model reaches into this one, at {planned!r}; remove that plan from the "
                 "model it was applied to first"
             )
-        apply_recompute(model, self._recompute(), plan_id=self._id)
+        apply_recompute(model, self._recompute(), self.segments, plan_id=self._id)
 
     def validate(
         self,
@@ -172,7 +178,7 @@ class Plan:
             ValueError: ``budget`` does not parse or is not positive.
         """
         budget_bytes = parse_bytes(budget)
-        costs = [[option.cost for option in unit.options] for unit in self.units]
+        costs = [[option.cost for option in unit.alone] for unit in self.units]
         least, _ = fastest_chain()(costs).least_capacity()
         capacity = budget_bytes - self.fixed_bytes
         solution = None if capacity < self.floor_bytes else solve(costs, capacity, chain=fastest_chain())
@@ -188,7 +194,8 @@ class Plan:
             modelled_peak_bytes=peak_bytes,
             least_feasible_bytes=least_bytes,
             gap=(solution.extra_s - solution.lower_bound_s) / (self.step_s + solution.lower_bound_s),
-            units=tuple(replace(unit, option=unit.options[choice].name) for unit, choice in units),
+            units=tuple(replace(unit, option=unit.alone[choice].name) for unit, choice in units),
+            segments=(),
         )
 
     def pareto(self, count: int = 40) -> list[tuple[int, float]]:
@@ -205,7 +212,7 @@ class Plan:
         """
         if count < 2:
             raise ValueError(f"pareto: count must be at least 2, got {count}")
-        costs = [[option.cost for option in unit.options] for unit in self.units]
+        costs = [[option.cost for option in unit.alone] for unit in self.units]
         least, _ = fastest_chain()(costs).least_capacity()
         low = self.fixed_bytes + max(least, self.floor_bytes)
         high = self.fixed_bytes + max(peak_of(costs, (0,) * len(costs)), self.floor_bytes)
@@ -324,7 +331,7 @@ class Plan:
 
     def does_as(self, other: Plan) -> bool:
         """Whether it recomputes the same units in the same way."""
-        return self._recompute() == other._recompute()
+        return (self._recompute(), self.segments) == (other._recompute(), other.segments)
 
     @functools.cached_property
     def _id(self) -> str:
@@ -339,11 +346,15 @@ class Plan:
         """Rebuild and check; errors name the field."""
         known = {field.name for field in fields(cls)}
         values = {name: document[name] for name in known}
-        for name in known - {"gap", "source", "units", "fingerprint"}:
+        for name in known - {"gap", "source", "units", "segments", "fingerprint"}:
             values[name] = checked(name, document[name], int)
         values["gap"] = float(checked("gap", document["gap"], (int, float)))
         values["source"] = checked("source", document["source"], str)
         values["units"] = tuple(read_unit(unit) for unit in checked("units", document["units"], list))
+        values["segments"] = tuple(map(_read_nest, checked("segments", document["segments"], list)))
+        nested = [unit.name for unit in values["units"] if unit.option == NESTED]
+        if [name for nest in values["segments"] for name in names_in(nest)] != nested:
+            raise ValueError("field segments does not hold the units with the option 'nested', in their order")
         stored = checked("fingerprint", document["fingerprint"], dict)
         values["fingerprint"] = Fingerprint(
             model_class=checked("model_class", stored["model_class"], str),
@@ -364,6 +375,12 @@ def _read_tensors(field: str, stored: Any) -> tuple[TensorInfo, ...]:
         )
         for name, shape, dtype in checked(field, stored, list)
     )
+
+
+def _read_nest(stored: Any) -> Nest:
+    """Rebuild a segment."""
+    items = checked("segments", stored, list)
+    return tuple(_read_nest(item) if isinstance(item, list) else checked("segments", item, str) for item in items)
 
 
 def infeasible(budget_bytes: int, least_feasible_bytes: int) -> PlanInfeasibleError:

@@ -9,13 +9,15 @@ from typing import overload
 import torch
 from torch import nn
 
+from gradkern.checkpoint._apply import applied_within
 from gradkern.checkpoint._bytes import parse_bytes
 from gradkern.checkpoint._fingerprint import Fingerprint
 from gradkern.checkpoint._gpus import Gpu, find_gpu
 from gradkern.checkpoint._here import search_here
 from gradkern.checkpoint._job import HoldsBytes, Job, Outcome
+from gradkern.checkpoint._nesting import Nesting
 from gradkern.checkpoint._plan import Plan, infeasible
-from gradkern.checkpoint._recompute import applied_within
+from gradkern.checkpoint._segments import Nest, names_in
 from gradkern.checkpoint._shapes import ShapePlans, cut, length_of
 from gradkern.checkpoint._storages import require_cpu, tensors_of
 from gradkern.checkpoint._units import find_units
@@ -231,6 +233,11 @@ def _check_place(
         require_cpu("plan", tensors_of(root))
 
 
+def _together(nesting: Nesting | None) -> tuple[Nest, ...]:
+    """Segments of more than one unit; a unit alone is recomputed as ever."""
+    return () if nesting is None else tuple(nest for nest in nesting.segments if len(names_in(nest)) > 1)
+
+
 def _untold(text: str) -> None:
     """Nobody asked for progress."""
 
@@ -255,6 +262,7 @@ def _as_plan(outcome: Outcome, job: Job) -> Plan:
         fixed_bytes=outcome.fixed_bytes,
         floor_bytes=measured.kept.end_bytes + outcome.step_bytes,
         source=outcome.source,
-        units=measured.unit_plans(found.choices),
+        units=measured.unit_plans(found.choices, found.nesting),
+        segments=_together(found.nesting),
         fingerprint=Fingerprint.of(job.model),
     )

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from gradkern.checkpoint._apply import apply_recompute, remove_recompute
 from gradkern.checkpoint._meter import Mark, Meter, Source
 from gradkern.checkpoint._operators import UnitOperators, record_operators
-from gradkern.checkpoint._recompute import Recompute, apply_recompute, remove_recompute
+from gradkern.checkpoint._recompute import Recompute
+from gradkern.checkpoint._segments import Nest
 from gradkern.checkpoint._survey import find_order, find_repeatable
 from gradkern.checkpoint._units import unit_module
 from gradkern.loss import Batch, LossFn, compute_loss
@@ -169,14 +171,20 @@ class Trial:
         with _recomputing(self.model, recompute):
             self._cycle(_Boundaries([], self.model, None))
 
-    def measure(self, units: Sequence[str], recompute: Mapping[str, Recompute] | None = None) -> CycleCost:
+    def measure(
+        self,
+        units: Sequence[str],
+        recompute: Mapping[str, Recompute] | None = None,
+        segments: Sequence[Nest] = (),
+    ) -> CycleCost:
         """Run one cycle in its steady state.
 
         Args:
             units: Units in order of execution.
             recompute: Units to recompute, and how; None runs the model as it is.
+            segments: Of those, units that are recomputed together.
         """
-        with _recomputing(self.model, recompute):
+        with _recomputing(self.model, recompute, segments):
             self._drop_gradients()
             # A collection in the middle would make the peak depend on what else the process does.
             was_enabled = gc.isenabled()
@@ -359,12 +367,14 @@ def _bit_sum(grad: Tensor) -> int:
 
 
 @contextmanager
-def _recomputing(model: nn.Module, recompute: Mapping[str, Recompute] | None) -> Iterator[None]:
+def _recomputing(
+    model: nn.Module, recompute: Mapping[str, Recompute] | None, segments: Sequence[Nest] = ()
+) -> Iterator[None]:
     """Apply a choice for the length of the block."""
     if recompute is None:
         yield
         return
-    apply_recompute(model, recompute, plan_id="trial")
+    apply_recompute(model, recompute, segments, plan_id="trial")
     try:
         yield
     finally:

@@ -1,9 +1,8 @@
-"""Running a module under ``torch.utils.checkpoint`` in place: same module, same class, same state_dict."""
+"""Running a module under ``torch.utils.checkpoint``."""
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -15,23 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from torch.utils.hooks import RemovableHandle
 
-from gradkern.checkpoint._units import unit_module
-
-__all__ = [
-    "OpCall",
-    "Recompute",
-    "applied_within",
-    "apply_recompute",
-    "buffers_replaced",
-    "is_applied",
-    "refuse_cache",
-    "remove_recompute",
-    "uses_cache",
-]
-
-_MARKER = "_gradkern_checkpoint"
+__all__ = ["OpCall", "Recompute", "RecomputedForward", "buffers_replaced", "refuse_cache"]
 
 OpCall = tuple[str, int]
 """An operator such as ``aten.mm.default``, and which of its calls in a unit's forward, from 0."""
@@ -49,15 +33,6 @@ class Recompute:
 
     mutated_buffers: tuple[str, ...] = ()
     saved_ops: tuple[OpCall, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Applied:
-    """What was put around a model; lives in its ``__dict__`` and is copied and pickled with it."""
-
-    plan_id: str
-    unit_names: tuple[str, ...]
-    cache_hooks: tuple[RemovableHandle, ...]
 
 
 class RecomputedForward:
@@ -84,11 +59,11 @@ class RecomputedForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._run if self.inner is None else self.inner)
+        return inspect.signature(self.run if self.inner is None else self.inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self._run(*args, **kwargs)
+            return self.run(*args, **kwargs)
         refuse_cache(args, kwargs)
         values = (*args, *kwargs.values())
         # Only tensors among the arguments of ``checkpoint`` itself are guarded against changes in place between
@@ -107,9 +82,10 @@ class RecomputedForward:
 
     def _run_flat(self, count: int, names: tuple[str, ...], *values: Any) -> Any:
         """Run with ``count`` positional arguments and then the named ones; what follows is not passed on."""
-        return self._run(*values[:count], **dict(zip(names, values[count:], strict=False)))
+        return self.run(*values[:count], **dict(zip(names, values[count:], strict=False)))
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the unit itself, or what another tool had put in its place."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -143,111 +119,6 @@ def _both(outer: AbstractContextManager[object], inner: AbstractContextManager[o
         stack.enter_context(outer)
         stack.enter_context(inner)
         yield
-
-
-def apply_recompute(model: nn.Module, recompute: Mapping[str, Recompute], *, plan_id: str) -> None:
-    """Make the named units recompute in backward.
-
-    Args:
-        model: Mutated in place.
-        recompute: The units to recompute, and how.
-        plan_id: Written down with the model, for ``is_applied``.
-
-    Raises:
-        ValueError: The model has no unit or no buffer of a given name; nothing is changed then.
-    """
-    modules = {name: _resolved(model, name, how.mutated_buffers) for name, how in recompute.items()}
-    cache_hooks = tuple(
-        module.register_forward_pre_hook(partial(_without_cache, position), with_kwargs=True)
-        for module in model.modules()
-        for position in _cache_positions(module)
-    )
-    for name, module in modules.items():
-        vars(module)["forward"] = RecomputedForward(module, recompute[name], plan_id)
-    vars(model)[_MARKER] = _Applied(plan_id, tuple(recompute), cache_hooks)
-
-
-def remove_recompute(model: nn.Module) -> None:
-    """Undo ``apply_recompute``; the model's modules hold again exactly what they held before.
-
-    Raises:
-        RuntimeError: Nothing is applied, or another tool has replaced the forward of a unit since; nothing is
-            changed then.
-    """
-    applied = vars(model).get(_MARKER)
-    if applied is None:
-        raise RuntimeError("no checkpoint plan is applied to this model; nothing to remove")
-    modules = [unit_module(model, name) for name in applied.unit_names]
-    for name, module in zip(applied.unit_names, modules, strict=True):
-        forward = vars(module).get("forward")
-        if type(forward) is not RecomputedForward or forward.plan_id != applied.plan_id:
-            raise RuntimeError(
-                f"the forward of unit {name!r} was replaced after the plan was applied; undo that first, "
-                "then remove the plan"
-            )
-    for module in modules:
-        inner = vars(module)["forward"].inner
-        if inner is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = inner
-    for hook in applied.cache_hooks:
-        hook.remove()
-    del vars(model)[_MARKER]
-
-
-def is_applied(model: nn.Module, plan_id: str | None = None) -> bool:
-    """Whether a plan (this plan, if ``plan_id`` is given) is applied to ``model``."""
-    applied = vars(model).get(_MARKER)
-    return applied is not None and plan_id in (None, applied.plan_id)
-
-
-def applied_within(model: nn.Module) -> str | None:
-    """Name the first module in ``model`` (itself: ``""``) that a plan was applied to or that it wrapped, if any."""
-    for name, module in model.named_modules():
-        if _MARKER in vars(module) or type(vars(module).get("forward")) is RecomputedForward:
-            return str(name)
-    return None
-
-
-def uses_cache(model: nn.Module) -> bool:
-    """Whether a plan on ``model`` would turn a key/value cache off somewhere."""
-    return any(_cache_positions(module) for module in model.modules())
-
-
-def _resolved(model: nn.Module, name: str, buffers: tuple[str, ...]) -> nn.Module:
-    """Return the module of a unit after checking that it and its buffers are there."""
-    try:
-        module = unit_module(model, name)
-        for buffer in buffers:
-            module.get_buffer(buffer)
-    except AttributeError as error:
-        raise ValueError(f"unit {name!r} does not fit this model: {error}; make a plan for this one") from error
-    return module
-
-
-def _cache_positions(module: nn.Module) -> list[int]:
-    """Where ``use_cache`` stands among the positional arguments of ``module``'s forward; empty without it.
-
-    A list, of one position at most; one past any call's arguments for a keyword-only argument.
-    """
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    return [
-        sys.maxsize if parameter.kind is inspect.Parameter.KEYWORD_ONLY else position
-        for position, parameter in enumerate(parameters)
-        if parameter.name == "use_cache"
-    ]
-
-
-def _without_cache(
-    position: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: a key/value cache would be written a second time when a unit is recomputed."""
-    if not torch.is_grad_enabled():
-        return args, kwargs
-    if position < len(args):
-        return (*args[:position], False, *args[position + 1 :]), kwargs
-    return args, {**kwargs, "use_cache": False}
 
 
 def refuse_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -9,18 +9,25 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gradkern.checkpoint._apply import uses_cache
 from gradkern.checkpoint._native_solver import fastest_chain
+from gradkern.checkpoint._nesting import NestedChain, Nesting
 from gradkern.checkpoint._operators import UnitOperators, saving_sets
 from gradkern.checkpoint._profile import CycleCost, Difference, Trial
-from gradkern.checkpoint._recompute import OpCall, Recompute, uses_cache
+from gradkern.checkpoint._recompute import OpCall, Recompute
+from gradkern.checkpoint._segments import names_in
 from gradkern.checkpoint._solver import Option, extra_seconds, peak_of, solve
-from gradkern.checkpoint._unit_plan import KEEP, RECOMPUTE, UnitOption, UnitPlan
+from gradkern.checkpoint._unit_plan import KEEP, NESTED, RECOMPUTE, UnitOption, UnitPlan
 from gradkern.checkpoint._units import HEAD, STEM, WHOLE_MODEL, unit_module
 
 __all__ = ["Found", "Profile", "SavingSets", "fit", "profile"]
 
 # Choices that are run and found above the budget before the one of least memory is taken.
 _MAX_CORRECTIONS = 4
+
+# Nesting makes something of three units at least, and its longer way through Python is paid for by so much less time.
+_LEAST_NESTED = 3
+_WORTH_NESTING = 0.95
 
 
 SavingSets = tuple[tuple[OpCall, ...], ...]
@@ -37,6 +44,7 @@ class Profile:
         natural: One of the model as it is.
         recomputed: One with every unit recomputed that can be.
         options: Of stem, units and head.
+        repeats: Whether gradients are the same bits from run to run, so that they can be compared.
     """
 
     names: tuple[str, ...]
@@ -45,6 +53,7 @@ class Profile:
     natural: CycleCost
     recomputed: CycleCost
     options: tuple[tuple[UnitOption, ...], ...]
+    repeats: bool
 
     @property
     def costs(self) -> list[list[Option]]:
@@ -63,22 +72,41 @@ class Profile:
             name: Recompute(self.buffers[name], options[choice].saved_ops) for name, choice, options in chosen if choice
         }
 
-    def unit_plans(self, choices: Sequence[int]) -> tuple[UnitPlan, ...]:
-        """Write a choice down."""
+    def unit_plans(self, choices: Sequence[int], nesting: Nesting | None) -> tuple[UnitPlan, ...]:
+        """Write a choice down; of units in a nesting that is how they run."""
         names = (STEM, *self.names, HEAD)
-        rows = zip(names, choices, self.options, self.kept.spans, strict=True)
-        return tuple(
-            UnitPlan(
-                name=name,
-                option=options[choice].name,
-                options=options,
-                forward_s=kept.forward_s,
-                backward_s=kept.backward_s,
-                gradient_bytes=kept.visits[1].gradient_bytes if len(kept.visits) > 1 else 0,
-                mutated_buffers=self.buffers.get(name, ()),
+        nested = {} if nesting is None else self._nested(nesting)
+        plans = []
+        for name, choice, options, kept in zip(names, choices, self.options, self.kept.spans, strict=True):
+            option = nested.get(name, options[choice])
+            plans.append(
+                UnitPlan(
+                    name=name,
+                    option=option.name,
+                    options=(*options, option) if option.name == NESTED else options,
+                    forward_s=kept.forward_s,
+                    backward_s=kept.backward_s,
+                    gradient_bytes=kept.visits[1].gradient_bytes if len(kept.visits) > 1 else 0,
+                    mutated_buffers=self.buffers.get(name, ()),
+                )
             )
-            for name, choice, options, kept in rows
-        )
+        return tuple(plans)
+
+    def _nested(self, nesting: Nesting) -> dict[str, UnitOption]:
+        """How units of a nesting run: recomputed, alone or together."""
+        found = {}
+        forwards = dict(zip(self.names, nesting.forwards, strict=True))
+        for segment in nesting.segments:
+            names = names_in(segment)
+            for name in names:
+                at = 1 + self.names.index(name)
+                again = self.options[at][1]
+                if len(names) > 1:
+                    saved_bytes = again.saved_bytes if name == names[-1] else 0
+                    extra_s = (forwards[name] - 1) * self.kept.spans[at].forward_s
+                    again = UnitOption(NESTED, saved_bytes, again.peak_bytes, extra_s)
+                found[name] = again
+        return found
 
 
 def profile(
@@ -123,6 +151,7 @@ def profile(
         natural=natural,
         recomputed=recomputed,
         options=_options(kinds, kept, recomputed, selected, trial.source.select_s),
+        repeats=repeats,
     )
 
 
@@ -261,39 +290,87 @@ def _mutated_buffers(model: nn.Module, name: str, changed: list[str]) -> tuple[s
 
 @dataclass(frozen=True)
 class Found:
-    """The cheapest choice that was run and held, if any: ``choices`` is None where nothing fits."""
+    """The cheapest choice that was run and held, if any: ``choices`` is None where nothing fits.
+
+    Attributes:
+        least_feasible_bytes: The smallest peak that was run.
+        choices: An option for stem, every unit and head.
+        nesting: What stands above it for the units it nests.
+        peak_bytes: Of the step, as it was run.
+        modelled_bytes: The same as modelled.
+        gap: Bound on how much faster another choice could be, as a share of the step; of choices without nesting.
+    """
 
     least_feasible_bytes: int
     choices: tuple[int, ...] | None
+    nesting: Nesting | None
     peak_bytes: int
     modelled_bytes: int
     gap: float
 
 
-class _Runs:
-    """Peaks of whole steps under the choices that were run, each run once."""
+@dataclass(frozen=True)
+class _Run:
+    """A choice as it was run."""
 
-    def __init__(self, trial: Trial, costs: Profile, fixed_bytes: int, step_bytes: int) -> None:
+    choices: tuple[int, ...]
+    nesting: Nesting | None
+    peak_bytes: int
+    modelled_bytes: int
+    extra_s: float
+
+
+class _Search:
+    """Runs whole steps under choices, each once, and keeps what they needed.
+
+    Args:
+        trial: Runs the model.
+        measured: Its profile.
+        fixed_bytes: Alive all through a step.
+        step_bytes: What the optimizer's step needs for a moment.
+    """
+
+    def __init__(self, trial: Trial, measured: Profile, fixed_bytes: int, step_bytes: int) -> None:
+        self.costs = measured.costs
+        self.runs: dict[object, _Run] = {}
         self._trial = trial
-        self._costs = costs
+        self._measured = measured
         self._fixed_bytes = fixed_bytes
         self._step_bytes = step_bytes
-        self._peaks: dict[tuple[int, ...], int] = {}
 
-    def absolute(self, cycle: CycleCost) -> int:
-        """Peak of the step that this cycle belongs to, the optimizer's part included."""
+    def enter(self, choices: tuple[int, ...], cycle: CycleCost) -> _Run:
+        """Write down a run of one choice for stem, units and head."""
+        extra_s = extra_seconds(self.costs, choices)
+        run = _Run(choices, None, self._step(cycle), self._modelled(peak_of(self.costs, choices)), extra_s)
+        return self.runs.setdefault(choices, run)
+
+    def run(self, choices: tuple[int, ...]) -> _Run:
+        """Run a choice, unless it was run before."""
+        if choices in self.runs:
+            return self.runs[choices]
+        self._trial.progress("running a plan")
+        return self.enter(choices, self._trial.measure(self._measured.names, self._measured.recompute(choices)))
+
+    def run_nested(self, nesting: Nesting) -> _Run | None:
+        """Run a nesting, unless it was run before; None where it changes a gradient."""
+        if nesting.segments in self.runs:
+            return self.runs[nesting.segments]
+        inside = {name for segment in nesting.segments for name in names_in(segment)}
+        all_kept = (0,) * len(self.costs)
+        recompute = {name: Recompute(self._measured.buffers[name]) for name in inside}
+        self._trial.progress("running a nested plan")
+        cycle = self._trial.measure(self._measured.names, recompute, nesting.segments)
+        if self._measured.repeats and cycle.grad_bits != self._measured.kept.grad_bits:
+            return None
+        run = _Run(all_kept, nesting, self._step(cycle), self._modelled(nesting.peak_bytes), nesting.extra_s)
+        return self.runs.setdefault(nesting.segments, run)
+
+    def _step(self, cycle: CycleCost) -> int:
+        """Peak of the step that a cycle belongs to, the optimizer's part included."""
         return self._fixed_bytes + max(cycle.peak_bytes, cycle.end_bytes + self._step_bytes)
 
-    def know(self, choices: tuple[int, ...], cycle: CycleCost) -> None:
-        """Enter a run of one choice for stem, units and head."""
-        self._peaks[choices] = self.absolute(cycle)
-
-    def peak(self, choices: tuple[int, ...]) -> int:
-        """Peak of a step under a choice of option for stem, units and head."""
-        if choices not in self._peaks:
-            self._trial.progress("running a plan")
-            self.know(choices, self._trial.measure(self._costs.names, self._costs.recompute(choices)))
-        return self._peaks[choices]
+    def _modelled(self, cycle_bytes: int) -> int:
+        return self._fixed_bytes + max(cycle_bytes, self._measured.kept.end_bytes + self._step_bytes)
 
 
 def fit(trial: Trial, measured: Profile, budget_bytes: int, fixed_bytes: int, step_bytes: int) -> Found:
@@ -306,14 +383,11 @@ def fit(trial: Trial, measured: Profile, budget_bytes: int, fixed_bytes: int, st
         fixed_bytes: Alive all through it.
         step_bytes: What the optimizer's step needs for a moment.
     """
-    runs = _Runs(trial, measured, fixed_bytes, step_bytes)
-    costs = measured.costs
-    all_kept, all_recomputed = (0,) * len(costs), tuple(min(1, len(options) - 1) for options in costs)
-    runs.know(all_kept, measured.kept)
-    runs.know(all_recomputed, measured.recomputed)
-    chain = fastest_chain()
-    least = chain(costs).least_capacity()[1]
-    peaks = {choices: runs.peak(choices) for choices in (all_kept, all_recomputed, least)}
+    search = _Search(trial, measured, fixed_bytes, step_bytes)
+    costs, chain = search.costs, fastest_chain()
+    search.enter((0,) * len(costs), measured.kept)
+    search.enter(tuple(min(1, len(options) - 1) for options in costs), measured.recomputed)
+    search.run(chain(costs).least_capacity()[1])
     capacity = budget_bytes - fixed_bytes
     lower_bound_s = 0.0
     for attempt in range(_MAX_CORRECTIONS):
@@ -322,23 +396,49 @@ def fit(trial: Trial, measured: Profile, budget_bytes: int, fixed_bytes: int, st
             break
         if attempt == 0:
             lower_bound_s = solution.lower_bound_s
-        peaks[solution.choices] = runs.peak(solution.choices)
-        excess = peaks[solution.choices] - budget_bytes
+        excess = search.run(solution.choices).peak_bytes - budget_bytes
         if excess <= 0:
             break
         capacity -= excess
-    least_bytes = min(peaks.values())
-    holding = [choices for choices, peak in peaks.items() if peak <= budget_bytes]
-    if not holding:
-        return Found(least_bytes, None, 0, 0, 0.0)
-    best = min(holding, key=lambda choices: extra_seconds(costs, choices))
-    extra_s = extra_seconds(costs, best)
-    lower_bound_s = min(lower_bound_s, extra_s)
-    floor_bytes = measured.kept.end_bytes + step_bytes
+    single = _fastest(search, budget_bytes)
+    _nest(search, measured, budget_bytes, fixed_bytes, None if single is None else single.extra_s)
+    least_bytes = min(run.peak_bytes for run in search.runs.values())
+    best = _fastest(search, budget_bytes)
+    if best is None:
+        return Found(least_bytes, None, None, 0, 0, 0.0)
+    lower_bound_s = min(lower_bound_s, best.extra_s)
     return Found(
         least_feasible_bytes=least_bytes,
-        choices=best,
-        peak_bytes=peaks[best],
-        modelled_bytes=fixed_bytes + max(peak_of(costs, best), floor_bytes),
-        gap=(extra_s - lower_bound_s) / (measured.step_s + lower_bound_s),
+        choices=best.choices,
+        nesting=best.nesting,
+        peak_bytes=best.peak_bytes,
+        modelled_bytes=best.modelled_bytes,
+        gap=(best.extra_s - lower_bound_s) / (measured.step_s + lower_bound_s),
     )
+
+
+def _fastest(search: _Search, budget_bytes: int) -> _Run | None:
+    holding = [run for run in search.runs.values() if run.peak_bytes <= budget_bytes]
+    return min(holding, key=lambda run: run.extra_s, default=None)
+
+
+def _nest(search: _Search, measured: Profile, budget_bytes: int, fixed_bytes: int, single_s: float | None) -> None:
+    """Run nestings where nothing else holds, or where one should be faster than what does (``single_s``)."""
+    if len(measured.buffers) < len(measured.names) or len(measured.names) < _LEAST_NESTED:
+        return
+    nested = NestedChain.of(measured.names, measured.kept, measured.recomputed)
+    if nested is None:
+        return
+    capacity = budget_bytes - fixed_bytes
+    for _ in range(_MAX_CORRECTIONS):
+        nesting = nested.fastest(capacity)
+        if nesting is None or (single_s is not None and nesting.extra_s > _WORTH_NESTING * single_s):
+            break
+        run = search.run_nested(nesting)
+        if run is None or run.peak_bytes <= budget_bytes:
+            break
+        capacity -= run.peak_bytes - budget_bytes
+    if _fastest(search, budget_bytes) is None:
+        smallest = nested.smallest(max(run.peak_bytes for run in search.runs.values()) - fixed_bytes)
+        if smallest is not None:
+            search.run_nested(smallest)

@@ -9,9 +9,9 @@ from gradkern.checkpoint._recompute import OpCall, Recompute
 from gradkern.checkpoint._solver import Option
 from gradkern.checkpoint._units import HEAD, STEM
 
-__all__ = ["KEEP", "RECOMPUTE", "UnitOption", "UnitPlan", "checked", "read_unit"]
+__all__ = ["KEEP", "NESTED", "RECOMPUTE", "UnitOption", "UnitPlan", "checked", "read_unit"]
 
-KEEP, RECOMPUTE = "keep", "recompute"
+KEEP, RECOMPUTE, NESTED = "keep", "recompute", "nested"
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class UnitOption:
     """One way to run a unit.
 
     Attributes:
-        name: ``"keep"`` (no wrapper at all), ``"recompute"``, or ``"select 1"`` and on: recomputed but for some
-            operators whose outputs are held, the more the larger the number.
+        name: ``"keep"`` (no wrapper at all), ``"recompute"``, ``"select 1"`` and on: recomputed but for some
+            operators whose outputs are held, the more the larger the number; or ``"nested"``: recomputed together with
+            its neighbours, as ``Plan.segments`` says.
         saved_bytes: Bytes it holds from forward to backward, its output included.
         peak_bytes: Most bytes at once while it runs forward or backward, above what earlier units hold; gradients that
             are there by then included.
@@ -74,6 +75,11 @@ class UnitPlan:
     def recompute(self) -> Recompute | None:
         """How it is recomputed; None where it is kept."""
         return None if self.option == KEEP else Recompute(self.mutated_buffers, self.chosen.saved_ops)
+
+    @property
+    def alone(self) -> tuple[UnitOption, ...]:
+        """The options that can be chosen whatever the neighbours do."""
+        return tuple(option for option in self.options if option.name != NESTED)
 
 
 def read_unit(stored: dict[str, Any]) -> UnitPlan:

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from gradkern.checkpoint import measure_peak, plan
+from gradkern.checkpoint._apply import apply_recompute, remove_recompute
 from gradkern.checkpoint._operators import Operator, UnitOperators, record_operators, saving_sets
-from gradkern.checkpoint._recompute import Recompute, apply_recompute, remove_recompute
+from gradkern.checkpoint._recompute import Recompute
 from gradkern.testing import same_bits
 
 
