@@ -2,7 +2,8 @@
 
 Every model of ``bench.architectures`` is planned for ten budgets between the least that fits and what it needs by
 itself; each plan is applied, and a steady step runs under an allocator that refuses the first byte above the budget.
-The solver is timed on chains of unrelated random options, which no real model is as hard as.
+The solver is timed on chains of unrelated random options, which no real model is as hard as. Other ways to choose are
+compared with in ``bench.planners``; ``bench.plan_scale`` plans what is long, large or of many lengths.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import torch
 
@@ -26,6 +25,8 @@ from gradkern.testing import same_bits
 
 from .architectures import ARCHITECTURES, Architecture
 from .harness import Report, interleave
+from .plan_scale import any_length, nested, seventy_billion
+from .planners import compare
 
 __all__ = ["run"]
 
@@ -33,18 +34,21 @@ BUDGETS = 10
 CHAINS = ((100, 2), (100, 16), (1000, 16))
 SHARES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
 REFERENCE_UNITS = 100  # larger chains take the reference minutes
-EXECUTED = ("gpt2", "llama", "mlp_mixer")  # six units each: all 64 plans are run
+COMPARED = ("gpt2", "llama", "bert", "vit", "mlp_mixer", "cnn", "mlp")
 
 
 def run(report: Report, rounds: int) -> None:
     """The solver, then every model."""
     for units, options in CHAINS:
         _solver(report, units, options, rounds)
+    nested(report, rounds)
     runs = [record for name, make in ARCHITECTURES.items() for record in _model(report, name, make())]
     _summary(report, "all models", runs)
     report.add("all models", "gradkern", "models", len(ARCHITECTURES), "")
-    for name in EXECUTED:
-        _against_all(report, name, ARCHITECTURES[name]())
+    for name in COMPARED:
+        compare(report, name, ARCHITECTURES[name]())
+    any_length(report)
+    seventy_billion(report)
 
 
 def _random_chain(units: int, options: int, seed: int) -> list[list[Option]]:
@@ -150,29 +154,6 @@ def _model(report: Report, name: str, made: Architecture) -> list[_Run]:
     report.add(name, "gradkern", "least_of_natural", 100 * least / natural, "%")
     report.add(name, "gradkern", "gradients_bit_equal", float(_is_bit_equal(made, training.plan(least))), "")
     return runs
-
-
-def _against_all(report: Report, name: str, made: Architecture) -> None:
-    """Whether a plan is the best of all plans, every one of them run: the units it recomputes against the fewest."""
-    training = _Training(made)
-    stem, *units, head = training.free.units
-    fewest: dict[int, int] = {}  # by peak, the units that the cheapest plan of that peak recomputes
-    for choice in product(("keep", "recompute"), repeat=len(units)):
-        chosen = [replace(unit, option=option) for unit, option in zip(units, choice, strict=True)]
-        plan = replace(training.free, units=(stem, *chosen, head))
-        plan.apply(made.model)
-        training.step()
-        peak = training.peak_bytes()
-        plan.remove(made.model)
-        count = choice.count("recompute")
-        fewest[peak] = min(count, fewest.get(peak, count))
-    ours, best = [], []
-    for budget in training.budgets():
-        ours.append(sum(unit.option != "keep" for unit in training.plan(budget).units))
-        best.append(min(count for peak, count in fewest.items() if peak <= budget))
-    report.add(name, "gradkern", "plans_executed", 2 ** len(units), "")
-    report.add(name, "gradkern", "best_of_all_executed", 100 * statistics.fmean(map(int.__eq__, ours, best)), "%")
-    report.add(name, "gradkern", "units_recomputed_in_excess", sum(ours) - sum(best), "")
 
 
 def _is_bit_equal(made: Architecture, plan: Plan) -> bool:

@@ -13,7 +13,11 @@ from gradkern.checkpoint._segments import Nest
 __all__ = ["NestedChain", "Nesting"]
 
 # Halvings of the range of capacities when the least is sought.
-_BISECTIONS = 24
+_BISECTIONS = 12
+
+# Of a table: slots, and about how many cells it may have.
+_LEAST_SLOTS, _MOST_SLOTS, _CELLS = 500, 4000, 2_000_000
+_ROOM = (1.0, 1.002, 1.01, 1.03)
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,11 @@ class NestedChain:
         room = capacity_bytes - self._stem.saved_bytes
         if room <= 0 or self._stem.peak_bytes > capacity_bytes:
             return None
-        solution = solve_nested(self._stages, room, table=fastest_rotor())
-        return None if solution is None else self._nesting(solution)
+        slots = max(_LEAST_SLOTS, min(_MOST_SLOTS, _CELLS // len(self._stages) ** 2))
+        # Sizes are rounded up to slots; with a little more room what fits to the byte is found too.
+        tried = (solve_nested(self._stages, int(room * more), slots=slots, table=fastest_rotor()) for more in _ROOM)
+        fits = [solution for solution in tried if solution is not None and solution.peak_bytes <= room]
+        return self._nesting(min(fits, key=lambda solution: solution.seconds)) if fits else None
 
     def smallest(self, most_bytes: int) -> Nesting | None:
         """One that needs about as little as any, of those within ``most_bytes``; None where none is."""

@@ -9,7 +9,7 @@ operator even where all who use its outputs were held.
 
 from __future__ import annotations
 
-import math
+import bisect
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +30,8 @@ from gradkern.checkpoint._units import unit_module
 
 __all__ = ["Operator", "UnitOperators", "record_operators", "saving_sets"]
 
-# Of the seconds that recomputing all of a unit takes, what options with held outputs leave.
-_LEFT = (0.5, 0.25, 0.125, 0.0625, 0.0)
+# Of a unit, that differ in what they hold.
+_MOST_SETS = 12
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class UnitOperators:
     operators: tuple[Operator, ...]
     needed: int
 
+    def held_bytes(self, saved_ops: Sequence[OpCall]) -> int:
+        """Bytes that holding the outputs of these takes."""
+        held = frozenset(saved_ops)
+        return sum(op.held_bytes or 0 for op in self.operators if op.call in held)
+
     @property
     def signature(self) -> object:
         """Equal for units that ran the same operators on the same shapes."""
@@ -85,8 +90,8 @@ def saving_sets(alike: Sequence[UnitOperators], most_bytes: int) -> list[tuple[O
         most_bytes: No set holds more.
 
     Returns:
-        Of the sets that are best for some price of a byte, those that first bring the seconds of recomputing to a half,
-        a quarter and so on. Empty where nothing can be held.
+        Of the sets that are best for some price of a byte at most ``_MOST_SETS``, evenly by the bytes they hold, the
+        largest among them. Empty where nothing can be held.
     """
     operators = alike[0].operators[: alike[0].needed]
     seconds = [statistics.median(unit.operators[at].seconds for unit in alike) for at in range(len(operators))]
@@ -95,22 +100,21 @@ def saving_sets(alike: Sequence[UnitOperators], most_bytes: int) -> list[tuple[O
         for at, (op, spent) in enumerate(zip(operators, seconds, strict=True))
         if op.held_bytes is not None and spent > 0
     ]
-    total = left = math.fsum(seconds)
     held: list[int] = []
-    sets: list[tuple[OpCall, ...]] = []
-    thresholds = [share * total for share in _LEFT]
+    sets: list[tuple[int, tuple[OpCall, ...]]] = []
+    held_bytes = 0
     # Best first; equal ones in order of execution.
     for _, at in sorted(holdable, key=lambda pair: (-pair[0], pair[1])):
-        most_bytes -= operators[at].held_bytes or 0
-        if most_bytes < 0:
+        held_bytes += operators[at].held_bytes or 0
+        if held_bytes > most_bytes:
             break
-        left -= seconds[at]
         held.append(at)
-        if left <= thresholds[0]:
-            thresholds = [threshold for threshold in thresholds if threshold < left] or [-math.inf]
-            sets.append(tuple(operators[each].call for each in sorted(held)))
-    largest = tuple(operators[each].call for each in sorted(held))
-    return sets if not held or largest in sets else [*sets, largest]
+        sets.append((held_bytes, tuple(operators[each].call for each in sorted(held))))
+    if not sets:
+        return []
+    wanted = [sets[-1][0] * step / _MOST_SETS for step in range(1, _MOST_SETS + 1)]
+    chosen = {bisect.bisect_left(sets, nbytes, key=lambda pair: pair[0]) for nbytes in wanted}
+    return [sets[at][1] for at in sorted(chosen)]
 
 
 def record_operators(
@@ -187,10 +191,21 @@ class _Recorder(TorchDispatchMode):
                 self._operators[maker] = _not_held(self._operators[maker])
         self._made_by.update(dict.fromkeys(made.keys() - inputs, len(self._operators)))
         self._storages.extend(made.values())
-        is_draw = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        is_draw = _draws(func, args, kwargs)
         held_bytes = sum(storage.nbytes() for storage in made.values()) if is_fresh and not is_draw else None
         shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in outputs)
         self._operators.append(Operator(call, shapes, seconds, held_bytes))
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator draws from a generator: attention is tagged as one that may, and does only to drop."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+            return bool(given != 0.0)
+    return True
 
 
 def _not_held(op: Operator) -> Operator:

@@ -23,7 +23,10 @@ from gradkern.checkpoint._units import HEAD, STEM, WHOLE_MODEL, unit_module
 __all__ = ["Found", "Profile", "SavingSets", "fit", "profile"]
 
 # Choices that are run and found above the budget before the one of least memory is taken.
-_MAX_CORRECTIONS = 4
+_MAX_CORRECTIONS = 8
+
+# Sets of held outputs that are run even of units that have no equal.
+_LEAST_TRIES = 3
 
 # Nesting makes something of three units at least, and its longer way through Python is paid for by so much less time.
 _LEAST_NESTED = 3
@@ -222,16 +225,19 @@ def _measure_sets(
 ) -> dict[tuple[int, int], Difference]:
     """Measure what units with some outputs held need beyond plain ones, by position of kind and of set.
 
-    Units of one kind try different sets in one cycle, so that a model of many equal units takes one cycle more. A cycle
-    whose gradients are not those of ``kept`` counts for nothing.
+    Units of one kind try different sets in one cycle, so that a model of many equal units takes one cycle more. Where
+    there are more sets than that, some are not run: what they hold is less than the next larger one by the outputs that
+    they lack, and they need no more than that one at the peak. A cycle whose gradients are not those of ``kept`` counts
+    for nothing.
     """
     found: dict[tuple[int, int], Difference] = {}
-    cycles = max((-(-len(kind.sets) // len(kind.indices)) for kind in kinds), default=0)
+    tries = {at: _spread(len(kind.sets), max(_LEAST_TRIES, len(kind.indices))) for at, kind in enumerate(kinds)}
+    cycles = max((-(-len(numbers) // len(kinds[at].indices)) for at, numbers in tries.items()), default=0)
     for cycle in range(cycles):
         chosen, tried = dict(plain), {}
         for at, kind in enumerate(kinds):
             first = cycle * len(kind.indices)
-            for index, number in zip(kind.indices, range(first, len(kind.sets)), strict=False):
+            for index, number in zip(kind.indices, tries[at][first:], strict=False):
                 name = names[index - 1]
                 chosen[name] = Recompute(plain[name].mutated_buffers, kind.sets[number])
                 tried[at, number] = index
@@ -240,7 +246,20 @@ def _measure_sets(
         if kept is None or cost.grad_bits == kept.grad_bits:
             for which, index in tried.items():
                 found[which] = cost.spans[index].beyond(recomputed.spans[index])
+    for at, kind in enumerate(kinds):
+        for number in reversed(range(len(kind.sets) - 1)):
+            larger = found.get((at, number + 1))
+            if (at, number) not in found and number not in tries[at] and larger is not None:
+                ran = kind.operators[0]
+                lacks = ran.held_bytes(kind.sets[number + 1]) - ran.held_bytes(kind.sets[number])
+                found[at, number] = Difference(larger.saved_bytes - lacks, larger.peak_bytes)
     return found
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of ``range(count)``, evenly, the last among them."""
+    most = min(count, most)
+    return [(step * count - 1) // most for step in range(1, most + 1)]
 
 
 def _options(

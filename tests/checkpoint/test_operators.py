@@ -72,6 +72,32 @@ def test_no_set_holds_more_than_it_may():
     assert saving_sets([unit], 9) == []
 
 
+def test_many_sets_are_thinned_out_evenly():
+    unit = made_up([(100 - at, 10) for at in range(60)])
+    sets = saving_sets([unit], 10**6)
+    sizes = [unit.held_bytes(held) for held in sets]
+    assert sizes == [50 * step for step in range(1, 13)]
+
+
+def test_attention_draws_only_where_it_drops():
+    def ran(dropout):
+        query = torch.randn(1, 2, 8, 16)
+        model = nn.Sequential(Attends(dropout), Attends(dropout))
+        return record_operators(model, ["0"], lambda: model(query), time.perf_counter)["0"].operators
+
+    assert [op.held_bytes is not None for op in ran(0.0) if "attention" in op.call[0]] == [True]
+    assert [op.held_bytes for op in ran(0.5) if "dropout" in op.call[0] or "bernoulli" in op.call[0]] == [None]
+
+
+class Attends(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=self.dropout)
+
+
 class Hard(nn.Module):
     """A draw, a view, a change in place, and outputs that share a storage."""
 
