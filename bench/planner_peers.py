@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,7 +172,12 @@ def _sac() -> Iterator[Any]:
     def limited(**options: Any) -> Any:
         return cbc(**{**options, "timeLimit": SOLVE_S})
 
-    with patch.object(ilp, "PULP_CBC_CMD", limited), patch.object(pwlf, "PiecewiseLinFit", partial(fit, seed=1)):
+    with (
+        warnings.catch_warnings(),
+        patch.object(ilp, "PULP_CBC_CMD", limited),
+        patch.object(pwlf, "PiecewiseLinFit", partial(fit, seed=1)),
+    ):
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what torch calls in PuLP
         yield SimpleNamespace(ilp=ilp, graphs=graphs, estimator=estimator)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -312,9 +313,14 @@ def _untold(text: str) -> None:
 def compare(report: Report, case: str, made: Architecture) -> None:
     """Whether ours is the fastest at every budget, and at every peak that another reaches."""
     laboratory = _Laboratory(made)
-    families = {
-        name: [laboratory.run(choice) for choice in choose(laboratory.profiled)] for name, choose in CHOOSERS.items()
-    }
+    families = {}
+    for name, choose in CHOOSERS.items():
+        try:
+            choices = choose(laboratory.profiled)
+        except ImportError as missing:
+            print(f"{case}: no {name}: {missing}", file=sys.stderr)
+            continue
+        families[name] = [laboratory.run(choice) for choice in choices]
     count = len(laboratory.profiled.names)
     segments = laboratory.run_segments(math.ceil(math.sqrt(count)))
     if segments is not None:

@@ -17,7 +17,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from torch import nn
 
 from gradkern.checkpoint import Plan, plan
-from gradkern.errors import PlanInfeasibleError
 from gradkern.info import report
 from gradkern.loss import Batch, LossFn
 
@@ -70,13 +69,16 @@ def plan_command(
 ) -> None:
     """Plan what to recompute so that a training step fits a budget, without weights and without the GPU."""
     try:
+        for path in (out, plot):
+            if path is not None and not path.parent.is_dir():
+                raise FileNotFoundError(f"the folder of {path} does not exist; make it first")
         made = _planned(model, budget, gpu, batch, optimizer, dtype, shards, accumulate, units or [])
         typer.echo(str(made))
         if out is not None:
             made.save(out)
         if plot is not None:
             made.plot(plot)
-    except (PlanInfeasibleError, ValueError, TypeError, ImportError, OSError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, ImportError, OSError, AttributeError) as error:
         typer.echo(f"gradkern plan: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -173,7 +175,8 @@ def _model_of(config: Any, dtype: torch.dtype) -> nn.Module:
 
 def _batch_of(config: Any, model: nn.Module, batch: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A batch of the model's kind."""
-    sizes = [int(part) for part in batch.lower().split("x") if part.isdigit()]
+    parts = batch.lower().split("x")
+    sizes = [int(part) if part.isascii() and part.isdigit() else 0 for part in parts]
     is_image = getattr(model, "main_input_name", "input_ids") == "pixel_values"
     if len(sizes) != (1 if is_image else 2) or min(sizes) < 1:
         expected = "a number of images such as 32" if is_image else "sequences x tokens such as 8x4096"

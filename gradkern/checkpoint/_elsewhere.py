@@ -20,7 +20,7 @@ from gradkern.checkpoint._optimizer import OptimizerCost, measure_optimizer
 from gradkern.checkpoint._preserve import Generators, preserved
 from gradkern.checkpoint._profile import Trial
 from gradkern.checkpoint._search import fit, profile
-from gradkern.checkpoint._simulate import FakeCopies, Simulation, block_bytes
+from gradkern.checkpoint._simulate import FakeCopies, NotSimulatedError, Simulation, block_bytes
 from gradkern.checkpoint._units import unit_module
 from gradkern.loss import Batch
 
@@ -29,9 +29,12 @@ __all__ = ["search_elsewhere"]
 _NEEDS_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    NotSimulatedError,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+
+_MIXED = "convert all Tensors to FakeTensors"  # of torch, where one with values comes in, held by a closure perhaps
 
 
 def search_elsewhere(job: Job, gpu: Gpu, shards: int) -> Outcome:
@@ -40,16 +43,22 @@ def search_elsewhere(job: Job, gpu: Gpu, shards: int) -> Outcome:
     Raises:
         ValueError: The model asks for values and has none, being on the meta device or fake itself.
     """
+    before = Generators.now()
     try:
         return _search_fake(job, gpu, shards)
-    except _NEEDS_VALUES as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except (*_NEEDS_VALUES, AssertionError) as error:
+        if isinstance(error, AssertionError) and _MIXED not in str(error):
+            raise
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    finally:
+        before.restore()
     if any(tensor.device.type != "cpu" or isinstance(tensor, FakeTensor) for tensor in job.model.parameters()):
         raise ValueError(
-            f"what this model runs depends on values ({reason}), so it cannot be planned for from shapes alone; pass a "
-            "small model of the same kind with real weights on the CPU, which is then run"
+            f"what this model runs depends on values or on tensors that are not its own ({reason}), so it cannot be "
+            "planned for from shapes alone; pass a small model of the same kind with real weights on the CPU, which is "
+            "then run"
         )
-    job.progress(f"running the model itself, for what it runs depends on values ({reason})")
+    job.progress(f"running the model itself, for what it runs depends on values or on tensors of others ({reason})")
     return _search_real(job, gpu, shards)
 
 
@@ -117,7 +126,6 @@ def _search(
             + LOOP_BYTES
         )
         found = fit(trial, measured, job.budget_bytes, fixed_bytes, step_bytes)
-    before.restore()
     spread = f", 1 of {shards} shards" if shards > 1 else ""
     return Outcome(measured, found, fixed_bytes, step_bytes, f"simulated {simulation.gpu.name}{spread}{how}")
 

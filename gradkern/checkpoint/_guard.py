@@ -10,10 +10,13 @@ from torch import nn
 
 from gradkern.checkpoint._allocator import uncapped
 from gradkern.checkpoint._bytes import format_bytes, parse_bytes
+from gradkern.checkpoint._gpus import find_gpu
 from gradkern.checkpoint._job import HoldsBytes
 from gradkern.checkpoint._plan import Plan
+from gradkern.checkpoint._planner import check_arguments
 from gradkern.checkpoint._planner import plan as make_plan
 from gradkern.checkpoint._preserve import Preserved
+from gradkern.checkpoint._units import find_units
 from gradkern.errors import PlanInfeasibleError
 from gradkern.loss import Batch, LossFn
 
@@ -76,7 +79,7 @@ class Guard:
             if not _is_out_of_memory(error):
                 raise
             # Its traceback holds the frames of the failed call, and they the tensors that filled the memory.
-            reason = str(error).splitlines()[0]
+            reason = _first_line(error)
         for share in _TIGHTER:
             aside.restore()
             if versions != [param._version for param in self._model.parameters()]:
@@ -90,7 +93,7 @@ class Guard:
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = _first_line(error)
         aside.restore()
         raise torch.OutOfMemoryError(
             f"memory ran out under a plan for {format_bytes(int(_TIGHTER[-1] * self._budget_bytes))} of the budget of "
@@ -146,8 +149,8 @@ def guard(
             running the model on the CPU, where a cap of ``enforce`` is lifted meanwhile.
 
     Raises:
-        RuntimeError: ``plan`` is not applied to ``model``.
-        TypeError, ValueError: ``budget`` is no size.
+        RuntimeError: ``plan`` is not applied to ``model``, or another is where ``plan`` is None.
+        TypeError, ValueError: ``budget`` is no size, or an argument is not what ``plan`` takes.
 
     Example:
         >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
@@ -158,6 +161,11 @@ def guard(
         0
     """
     budget_bytes = parse_bytes(budget)
+    if gpu is not None:
+        find_gpu(gpu)
+    if plan is None:
+        check_arguments(model, optimizer, accumulate, recorder)
+        find_units(model, [units] if isinstance(units, str) else list(units))
     if plan is not None and not plan.is_applied(model):
         raise RuntimeError("guard: plan= is not applied to this model; call plan.apply(model) first")
 
@@ -175,6 +183,10 @@ def guard(
         )
 
     return Guard(model, budget_bytes, plan, plan_for)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -32,10 +32,10 @@ def search_here(job: Job) -> Outcome:
         return Outcome(measured, found, fixed_bytes, step.step_bytes, "cpu")
 
 
-def measure_here(job: Job) -> int:
-    """Return the peak of a step of the model as it is, a plan applied or not, with its state put aside.
+def measure_here(job: Job) -> tuple[int, tuple[int | None, ...]]:
+    """Return the peak of a step of the model as it is, a plan applied or not, and the bits of its gradients.
 
-    The job's candidates are its units in order of execution.
+    The model's state is put aside meanwhile. The job's candidates are its units in order of execution.
     """
     source = Machine()
     with preserved(job.model) as aside, torch.enable_grad():
@@ -46,7 +46,7 @@ def measure_here(job: Job) -> int:
         if job.optimizer is not None:
             step = measure_optimizer(job.optimizer, cycle.has_grad, source)
         fixed_bytes = _fixed_bytes(aside, job.recorder, job.model, job.optimizer, job.batch) + step.missing_state_bytes
-        return fixed_bytes + max(cycle.peak_bytes, cycle.end_bytes + step.step_bytes)
+        return fixed_bytes + max(cycle.peak_bytes, cycle.end_bytes + step.step_bytes), cycle.grad_bits
 
 
 def _fixed_bytes(aside: Preserved, recorder: HoldsBytes | None, *roots: object) -> int:

@@ -58,6 +58,8 @@ def measure_optimizer(
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, copy.Error) as error:
+        if is_copy and type(error).__module__ == "torch._subclasses.fake_tensor":
+            raise  # it asks for values, which the original has
         raise ValueError(
             f"a deep copy of this {type(optimizer).__name__} cannot step, so its memory cannot be measured by a dry "
             f"run ({type(error).__name__}: {error}); plan with optimizer=None and leave room in the budget for its "

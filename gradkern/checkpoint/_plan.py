@@ -23,9 +23,10 @@ from gradkern.checkpoint._native_solver import fastest_chain
 from gradkern.checkpoint._plot import Picture, draw
 from gradkern.checkpoint._recompute import Recompute
 from gradkern.checkpoint._segments import Nest, names_in
-from gradkern.checkpoint._solver import peak_of, solve
+from gradkern.checkpoint._solver import MOST_BYTES, peak_of, solve
 from gradkern.checkpoint._timeline import timeline
 from gradkern.checkpoint._unit_plan import KEEP, NESTED, UnitPlan, checked, read_unit
+from gradkern.checkpoint._units import HEAD, STEM
 from gradkern.errors import PlanInfeasibleError
 from gradkern.loss import Batch, LossFn
 
@@ -48,8 +49,8 @@ class Plan:
         natural_peak_bytes: Peak of a step of the model as it is.
         predicted_peak_bytes: Peak of a step under this plan; a step under it was run and measured.
         modelled_peak_bytes: The same as the profile of the units alone foretold it.
-        least_feasible_bytes: The smallest budget that ``plan`` can meet for this model and batch without nesting;
-            with it, where it was needed.
+        least_feasible_bytes: The smallest peak of the plans that were run to make this one. Nesting may meet a smaller
+            budget still; the error of one that cannot be met names the least.
         gap: Bound on how much faster any other choice of units could be, as a fraction of the time of forward
             and backward under the ideal choice. It is proven for a chain of units, one after the other, with the
             bytes and seconds measured for each; 0.0 means that no choice is faster there.
@@ -83,7 +84,8 @@ class Plan:
         as long as units compute from arguments, parameters, buffers and torch's global generator alone; that
         they did so was checked while planning. Buffers such as running statistics are updated once. Modules
         with a ``use_cache`` argument are called with ``use_cache=False`` while gradients are enabled.
-        ``torch.compile`` cannot trace recomputed units that have ``mutated_buffers``.
+        ``torch.compile`` cannot trace units that are nested or selective, or recomputed ones with
+        ``mutated_buffers``. Selective units can be back-propagated once.
 
         Args:
             model: A model with the class, modules, parameters and buffers of the one planned for.
@@ -117,7 +119,9 @@ class Plan:
         accumulate: int = 1,
         recorder: HoldsBytes | None = None,
     ) -> Validation:
-        """Measure a step under this plan, and where it needs more than the budget put a new plan in its place.
+        """Measure a step under this plan, and put a new plan in its place where that is called for.
+
+        That is where the step needs more than the budget, or gives other gradients than without a plan, bit for bit.
 
         Forward and backward run on the batch, the optimizer steps as a deep copy; afterwards everything is as it was,
         as after ``plan``. Of use where the batch is not the one planned for, or the plan was made elsewhere: on another
@@ -132,7 +136,7 @@ class Plan:
             recorder: See there.
 
         Returns:
-            What was predicted and measured, and the plan that is applied now.
+            What was predicted, measured and compared, and the plan that is applied now.
 
         Raises:
             PlanInfeasibleError: The step needs more than the budget and no plan fits; this one stays applied.
@@ -180,11 +184,13 @@ class Plan:
         budget_bytes = parse_bytes(budget)
         costs = [[option.cost for option in unit.alone] for unit in self.units]
         least, _ = fastest_chain()(costs).least_capacity()
-        capacity = budget_bytes - self.fixed_bytes
+        capacity = min(budget_bytes - self.fixed_bytes, MOST_BYTES)
         solution = None if capacity < self.floor_bytes else solve(costs, capacity, chain=fastest_chain())
         least_bytes = self.fixed_bytes + max(least, self.floor_bytes)
+        if solution is None and self.segments and self.predicted_peak_bytes <= budget_bytes:
+            return replace(self, budget_bytes=budget_bytes)
         if solution is None:
-            raise infeasible(budget_bytes, least_bytes)
+            raise infeasible(budget_bytes, least_bytes, " without nesting, which this does not try")
         peak_bytes = self.fixed_bytes + max(peak_of(costs, solution.choices), self.floor_bytes)
         units = zip(self.units, solution.choices, strict=True)
         return replace(
@@ -208,8 +214,11 @@ class Plan:
             The distinct choices found; none needs both more bytes and more time than another.
 
         Raises:
+            TypeError: ``count`` is no ``int``.
             ValueError: ``count`` is below 2.
         """
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"pareto: count must be an int, got {type(count).__name__}")
         if count < 2:
             raise ValueError(f"pareto: count must be at least 2, got {count}")
         costs = [[option.cost for option in unit.alone] for unit in self.units]
@@ -348,9 +357,14 @@ class Plan:
         values = {name: document[name] for name in known}
         for name in known - {"gap", "source", "units", "segments", "fingerprint"}:
             values[name] = checked(name, document[name], int)
+            if values[name] < 0:
+                raise ValueError(f"field {name} is below zero, {values[name]}")
         values["gap"] = float(checked("gap", document["gap"], (int, float)))
         values["source"] = checked("source", document["source"], str)
         values["units"] = tuple(read_unit(unit) for unit in checked("units", document["units"], list))
+        names = [unit.name for unit in values["units"]]
+        if len(names) < 3 or (names[0], names[-1]) != (STEM, HEAD) or not 0 <= values["gap"] < math.inf:
+            raise ValueError("field units does not go from <stem> to <head>, or field gap is no share")
         values["segments"] = tuple(map(_read_nest, checked("segments", document["segments"], list)))
         nested = [unit.name for unit in values["units"] if unit.option == NESTED]
         if [name for nest in values["segments"] for name in names_in(nest)] != nested:
@@ -383,10 +397,10 @@ def _read_nest(stored: Any) -> Nest:
     return tuple(_read_nest(item) if isinstance(item, list) else checked("segments", item, str) for item in items)
 
 
-def infeasible(budget_bytes: int, least_feasible_bytes: int) -> PlanInfeasibleError:
+def infeasible(budget_bytes: int, least_feasible_bytes: int, how: str = "") -> PlanInfeasibleError:
     """The error for a budget that nothing fits into."""
     return PlanInfeasibleError(
-        f"no choice of units to recompute fits into {format_bytes(budget_bytes)} ({budget_bytes} bytes); "
+        f"no choice of units to recompute fits into {format_bytes(budget_bytes)} ({budget_bytes} bytes){how}; "
         f"the least feasible budget is {least_feasible_bytes} bytes "
         f"({format_bytes(least_feasible_bytes)}). Use a smaller batch or a larger budget",
         least_feasible_bytes=least_feasible_bytes,

@@ -23,7 +23,7 @@ from gradkern.checkpoint._storages import require_cpu, tensors_of
 from gradkern.checkpoint._units import find_units
 from gradkern.loss import Batch, LossFn
 
-__all__ = ["plan"]
+__all__ = ["check_arguments", "plan"]
 
 
 @overload
@@ -108,7 +108,9 @@ def plan(
             ``"B200"``, ``"RTX4090"`` or ``"MI300X"``. The model, which may be on any device, ``meta`` included, runs on
             tensors without values; bytes are rounded to blocks of 512, attention saves what the GPU's kernels save, and
             seconds are the larger of arithmetic and memory traffic at the rates of the data sheet: modelled, not
-            measured. Only where what runs depends on values does the model itself run. None measures here, on the CPU.
+            measured. Gradients cannot be compared without values, nor units that do not repeat be found: ``validate``
+            does on the machine that trains. Where what runs depends on values, or on tensors that are neither the
+            model's nor the batch's, the model itself runs. None measures here, on the CPU.
         shards: With ``gpu``: processes that parameters, gradients and optimizer state are spread over, as by FSDP. Two
             units and what is in no unit are whole at a time; communication takes no time.
         shapes: Three or more lengths, the sizes of dimension 1 that batches may have; the largest is that of ``batch``,
@@ -141,7 +143,7 @@ def plan(
     """
     budget_bytes = parse_bytes(budget)
     simulated = None if gpu is None else find_gpu(gpu)
-    _check_arguments(model, batch, optimizer, accumulate, recorder)
+    check_arguments(model, optimizer, accumulate, recorder)
     _check_place(model, batch, optimizer, shards, is_here=simulated is None)
     candidates = find_units(model, [units] if isinstance(units, str) else list(units))
     told = progress or _untold
@@ -187,9 +189,8 @@ def _checked_lengths(shapes: Sequence[int], batch: Batch) -> list[int]:
     return lengths
 
 
-def _check_arguments(
+def check_arguments(
     model: nn.Module,
-    batch: Batch,
     optimizer: torch.optim.Optimizer | None,
     accumulate: int,
     recorder: HoldsBytes | None,

@@ -71,8 +71,9 @@ class RecomputedForward:
         inside = [leaf for value in values for leaf in tree_leaves(value) if leaf is not value]
         # torch.compile traces ``checkpoint`` only where no contexts are given.
         contexts: dict[str, Any] = {} if self.recompute == Recompute() else {"context_fn": self._forward_and_recompute}
+        parameters = None if torch.compiler.is_compiling() else self.parameters()
         return checkpoint(
-            partial(self._run_flat, len(args), tuple(kwargs)),
+            partial(self._run_flat, parameters, len(args), tuple(kwargs)),
             *values,
             *(leaf for leaf in inside if isinstance(leaf, Tensor)),
             use_reentrant=False,
@@ -80,8 +81,25 @@ class RecomputedForward:
             **contexts,
         )
 
-    def _run_flat(self, count: int, names: tuple[str, ...], *values: Any) -> Any:
+    def parameters(self) -> tuple[tuple[int, int], ...]:
+        """Which tensors the unit's parameters are, and what was done to them so far."""
+        return tuple((id(param), param._version) for param in self.module.parameters())
+
+    def check_parameters(self, before: tuple[tuple[int, int], ...]) -> None:
+        """Raise RuntimeError where the unit's parameters are not what they were in its forward."""
+        if self.parameters() != before:
+            raise RuntimeError(
+                f"parameters of a recomputed {type(self.module).__name__} were changed or replaced between its forward "
+                "and backward (by an optimizer step, or by torch.func.functional_call), so that it cannot be computed "
+                "again; run backward before they change, or remove the plan"
+            )
+
+    def _run_flat(
+        self, parameters: tuple[tuple[int, int], ...] | None, count: int, names: tuple[str, ...], *values: Any
+    ) -> Any:
         """Run with ``count`` positional arguments and then the named ones; what follows is not passed on."""
+        if parameters is not None:
+            self.check_parameters(parameters)
         return self.run(*values[:count], **dict(zip(names, values[count:], strict=False)))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

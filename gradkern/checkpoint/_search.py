@@ -16,7 +16,7 @@ from gradkern.checkpoint._operators import UnitOperators, saving_sets
 from gradkern.checkpoint._profile import CycleCost, Difference, Trial
 from gradkern.checkpoint._recompute import OpCall, Recompute
 from gradkern.checkpoint._segments import names_in
-from gradkern.checkpoint._solver import Option, extra_seconds, peak_of, solve
+from gradkern.checkpoint._solver import MOST_BYTES, Option, extra_seconds, peak_of, solve
 from gradkern.checkpoint._unit_plan import KEEP, NESTED, RECOMPUTE, UnitOption, UnitPlan
 from gradkern.checkpoint._units import HEAD, STEM, WHOLE_MODEL, unit_module
 
@@ -407,7 +407,7 @@ def fit(trial: Trial, measured: Profile, budget_bytes: int, fixed_bytes: int, st
     search.enter((0,) * len(costs), measured.kept)
     search.enter(tuple(min(1, len(options) - 1) for options in costs), measured.recomputed)
     search.run(chain(costs).least_capacity()[1])
-    capacity = budget_bytes - fixed_bytes
+    capacity = min(budget_bytes - fixed_bytes, MOST_BYTES)
     lower_bound_s = 0.0
     for attempt in range(_MAX_CORRECTIONS):
         solution = solve(costs, capacity, chain=chain)
@@ -448,7 +448,7 @@ def _nest(search: _Search, measured: Profile, budget_bytes: int, fixed_bytes: in
     nested = NestedChain.of(measured.names, measured.kept, measured.recomputed)
     if nested is None:
         return
-    capacity = budget_bytes - fixed_bytes
+    capacity = min(budget_bytes - fixed_bytes, MOST_BYTES)
     for _ in range(_MAX_CORRECTIONS):
         nesting = nested.fastest(capacity)
         if nesting is None or (single_s is not None and nesting.extra_s > _WORTH_NESTING * single_s):

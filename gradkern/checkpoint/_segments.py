@@ -12,6 +12,7 @@ anything else that goes in is held.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -44,6 +45,28 @@ class _Former:
 
 
 @dataclass(frozen=True)
+class _Output:
+    """A tensor that came out of a unit, as it was then; not held."""
+
+    reference: weakref.ref[Tensor]
+    version: int
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, leaf: object) -> _Output | None:
+        """None for what is no tensor."""
+        if not isinstance(leaf, Tensor):
+            return None
+        return cls(weakref.ref(leaf), leaf._version, leaf.requires_grad)
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether this is the tensor, and nothing has been done to it."""
+        # Changes in place move the version on, and cutting it off takes its gradient away.
+        same = self.reference() is tensor and self.version == tensor._version
+        return same and self.requires_grad == tensor.requires_grad
+
+
+@dataclass(frozen=True)
 class _Held:
     """A tensor that flows in, and what it was when it did."""
 
@@ -63,6 +86,7 @@ class _Call:
     cpu_state: Tensor
     device_states: tuple[list[int], list[Tensor]]
     autocast: list[tuple[str, dict[str, Any]]]
+    parameters: tuple[tuple[int, int], ...]
     buffers: dict[str, Tensor]
 
 
@@ -98,7 +122,7 @@ class _Run:
         self._nest = nest
         self._expected: list[_Expected] = []
         self._found: dict[int, Tensor | _Handle] = {}
-        self._outputs: list[Any] = []
+        self._outputs: list[_Output | None] = []
 
     def follows(self, name: str) -> bool:
         """Whether this unit is the next of the segment."""
@@ -115,7 +139,7 @@ class _Run:
         self.calls.append(_recorded(forward, args, kwargs, self._outputs))
         with saved_tensors_hooks(self._pack, _unpack):
             output = forward.run(*args, **kwargs)
-        self._outputs = [] if self.is_complete else tree_leaves(output)
+        self._outputs = [] if self.is_complete else [_Output.of(leaf) for leaf in tree_leaves(output)]
         return output
 
     def tensor(self, index: int) -> Tensor:
@@ -141,7 +165,7 @@ class _Run:
 
     def _put(self, found: Tensor | _Handle) -> None:
         self._found[len(self._found)] = found
-        if len(self._found) == len(self._expected):
+        if len(self._found) == len(self._expected) and all(call.forward.early_stop for call in self.calls):
             raise _Enough
 
     def _run_again(self) -> None:
@@ -202,6 +226,10 @@ class _Segment:
         self._run = None if run.is_complete else run
         return output
 
+    def end(self) -> None:
+        """Let go of a run that a failed step has left half done."""
+        self._run = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {"nest": self.nest, "_run": None}
 
@@ -224,6 +252,7 @@ class SegmentedForward(RecomputedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
+            self.segment.end()
             return self.run(*args, **kwargs)
         refuse_cache(args, kwargs)
         return self.segment.call(self, args, kwargs)
@@ -234,13 +263,15 @@ def make_segments(nests: Sequence[Nest]) -> dict[str, _Segment]:
     return {name: segment for segment in map(_Segment, nests) for name in names_in(segment.nest)}
 
 
-def _recorded(forward: SegmentedForward, args: tuple[Any, ...], kwargs: dict[str, Any], former: list[Any]) -> _Call:
+def _recorded(
+    forward: SegmentedForward, args: tuple[Any, ...], kwargs: dict[str, Any], former: list[_Output | None]
+) -> _Call:
     """Write down a call before it runs."""
-    places = {id(leaf): at for at, leaf in enumerate(former) if isinstance(leaf, Tensor)}
 
     def held(tensor: Tensor) -> _Former | _Held:
-        if id(tensor) in places:
-            return _Former(places[id(tensor)])
+        for at, output in enumerate(former):
+            if output is not None and output.is_still(tensor):
+                return _Former(at)
         return _Held(tensor.detach(), tensor._version, tensor.requires_grad)
 
     values = tree_leaves((args, kwargs))
@@ -252,6 +283,7 @@ def _recorded(forward: SegmentedForward, args: tuple[Any, ...], kwargs: dict[str
         cpu_state=torch.get_rng_state(),
         device_states=get_device_states(*values),
         autocast=_autocast_now({leaf.device.type for leaf in values if isinstance(leaf, Tensor)}),
+        parameters=forward.parameters(),
         buffers={name: forward.module.get_buffer(name).detach().clone() for name in forward.recompute.mutated_buffers},
     )
 
@@ -259,6 +291,7 @@ def _recorded(forward: SegmentedForward, args: tuple[Any, ...], kwargs: dict[str
 def _called(call: _Call, former: list[Any]) -> list[Any]:
     """Run a call again and return the leaves of what comes out, cut off from the graph."""
     args, kwargs = _filled(call, former, hold=False)
+    call.forward.check_parameters(call.parameters)
     torch.set_rng_state(call.cpu_state)
     if call.device_states[0]:
         set_device_states(*call.device_states)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gradkern.checkpoint._plan import Plan
 from gradkern.checkpoint._unit_plan import UnitOption, UnitPlan
+from gradkern.errors import PlanInfeasibleError
 from gradkern.loss import Batch
 
 __all__ = ["ShapePlans", "cut", "length_of"]
@@ -72,7 +73,6 @@ class ShapePlans:
             length: From 1 to the largest that was measured; up to the smallest, that one's plan.
 
         Raises:
-            PlanInfeasibleError: No choice fits, as modelled.
             TypeError: The length is no ``int``.
             ValueError: The length is below 1 or above the largest.
         """
@@ -94,7 +94,7 @@ class ShapePlans:
             The plan.
 
         Raises:
-            PlanInfeasibleError, TypeError, ValueError: As ``at``; or the model is not the one planned for.
+            TypeError, ValueError: As ``at``; or the model is not the one planned for.
             RuntimeError: Another plan is applied. Nothing is changed in any of these cases.
         """
         made = self.at(length)
@@ -128,7 +128,10 @@ class ShapePlans:
         near = slice(first, first + 3)
         costs = _between(self.lengths[near], self.plans[near], length)
         missing = max(0, *(plan.predicted_peak_bytes - plan.modelled_peak_bytes for plan in self.plans))
-        made = costs.for_budget(self.budget_bytes - missing)
+        try:
+            made = costs.for_budget(self.budget_bytes - missing)
+        except PlanInfeasibleError:
+            return self.plans[above]  # which fits what is longer, nested perhaps
         return replace(made, budget_bytes=self.budget_bytes, predicted_peak_bytes=made.modelled_peak_bytes + missing)
 
 

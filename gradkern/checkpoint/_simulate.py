@@ -28,14 +28,20 @@ from gradkern.checkpoint._meter import Mark
 from gradkern.checkpoint._roofline import operator_seconds
 from gradkern.checkpoint._storages import dense_parts, storages_of, tensors_of
 
-__all__ = ["FakeCopies", "Simulation", "block_bytes"]
+__all__ = ["FakeCopies", "NotSimulatedError", "Simulation", "block_bytes"]
 
 # The caching allocator gives out multiples of this (kMinBlockSize in torch's c10/cuda/CUDACachingAllocator.cpp).
 _BLOCK_BYTES = 512
 
 _MOST_HEAD_DIM = 256  # of torch's flash attention
 
+_NOT_SIMULATED = {torch.ops.aten.mkldnn_rnn_layer.default}
+
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+
+
+class NotSimulatedError(Exception):
+    """What runs cannot be simulated with tensors that have no values."""
 
 
 def _rounded(nbytes: int) -> int:
@@ -111,6 +117,8 @@ class Simulation(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _NOT_SIMULATED and not self.compares_bits:
+            raise NotSimulatedError(f"{func} saves a workspace whose size is not known without running it")
         result = func(*args, **kwargs)
         aliases = self._aliases.get(func)
         if aliases is None:
@@ -253,8 +261,9 @@ class FakeCopies:
     """Copies of a model and what belongs to it, of fake tensors; a tensor that they share is copied once."""
 
     def __init__(self) -> None:
-        # A loss may close over tensors of its own.
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # Tensors that are reached in other ways than through the copies are refused: backward would leave gradients
+        # without values on them.
+        self.mode = FakeTensorMode()
         self._memo: dict[int, Any] = {}
         self._originals: list[object] = []  # kept, for the memo is by identity
 
@@ -263,7 +272,13 @@ class FakeCopies:
         for tensor in tensors_of(root):
             self._enter(tensor)
         self._originals.append(root)
-        return copy.deepcopy(root, self._memo)
+        try:
+            return copy.deepcopy(root, self._memo)
+        except (TypeError, AttributeError, copy.Error) as error:
+            raise ValueError(
+                f"a {type(root).__name__} is simulated as a deep copy, and cannot be copied ({error}); give it a "
+                "__deepcopy__ or plan without gpu="
+            ) from error
 
     def of_batch(self, batch: Any) -> Any:
         """A batch of fake tensors."""

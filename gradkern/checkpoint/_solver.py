@@ -29,9 +29,23 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Chain", "Found", "Option", "ReferenceChain", "Solution", "check_units", "extra_seconds", "peak_of", "solve"]
+__all__ = [
+    "MOST_BYTES",
+    "Chain",
+    "Found",
+    "Option",
+    "ReferenceChain",
+    "Solution",
+    "check_units",
+    "extra_seconds",
+    "peak_of",
+    "solve",
+]
 
 DEFAULT_STATES = 4096
+
+# As a capacity, more than any memory and far from where 64 bits end.
+MOST_BYTES = 2**60
 
 # States of the passes that find a first choice, and how often the multipliers follow what they found.
 _FEW_STATES, _ROUNDS = 64, 2

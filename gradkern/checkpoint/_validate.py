@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from gradkern.checkpoint._here import measure_here
 from gradkern.checkpoint._job import HoldsBytes, Job
 from gradkern.checkpoint._plan import Plan
 from gradkern.checkpoint._planner import plan
+from gradkern.checkpoint._unit_plan import KEEP
 from gradkern.checkpoint._units import WHOLE_MODEL
 from gradkern.loss import Batch, LossFn
 
@@ -20,16 +21,19 @@ __all__ = ["Validation", "validate"]
 
 @dataclass(frozen=True)
 class Validation:
-    """What a step under a plan needed.
+    """What a step under a plan needed and gave.
 
     Attributes:
         predicted_peak_bytes: What the plan said.
         measured_peak_bytes: What was measured.
-        plan: The plan that is applied now: the one that was validated where it held its budget, else a new one.
+        same_gradients: Whether it gave the gradients of the model without a plan, bit for bit; where those differ from
+            run to run nothing can be told, and this is True.
+        plan: The plan that is applied now: the one that was validated where all was well, else a new one.
     """
 
     predicted_peak_bytes: int
     measured_peak_bytes: int
+    same_gradients: bool
     plan: Plan
 
     @property
@@ -53,11 +57,20 @@ def validate(
         raise RuntimeError("validate needs the plan applied to the model; call plan.apply(model) first")
     names = [unit.name for unit in made.units[1:-1]]
     job = Job(model, batch, loss_fn, made.budget_bytes, optimizer, accumulate, recorder, names, _untold)
-    measured = measure_here(job)
-    if measured <= made.budget_bytes:
-        return Validation(made.predicted_peak_bytes, measured, made)
+    measured, bits = measure_here(job)
     made.remove(model)
     try:
+        # A plan turns key/value caches off; so does one that recomputes nothing.
+        nothing = replace(made, segments=(), units=tuple(replace(unit, option=KEEP) for unit in made.units))
+        nothing.apply(model)
+        try:
+            plain = [measure_here(job)[1] for _ in range(2)]
+        finally:
+            nothing.remove(model)
+        same_gradients = bits == plain[0] or plain[0] != plain[1]
+        if measured <= made.budget_bytes and same_gradients:
+            made.apply(model)
+            return Validation(made.predicted_peak_bytes, measured, same_gradients, made)
         better = plan(
             model,
             batch,
@@ -69,10 +82,11 @@ def validate(
             units=() if names == [WHOLE_MODEL] else [glob.escape(name) for name in names],
         )
     except BaseException:
-        made.apply(model)
+        if not made.is_applied(model):
+            made.apply(model)
         raise
     better.apply(model)
-    return Validation(made.predicted_peak_bytes, measured, better)
+    return Validation(made.predicted_peak_bytes, measured, same_gradients, better)
 
 
 def _untold(text: str) -> None:

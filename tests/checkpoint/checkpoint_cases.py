@@ -83,4 +83,22 @@ def mlp() -> Case:
     return Case(model.train(), (torch.randn(128, 16), torch.randn(128, 1)), nn.functional.mse_loss)
 
 
+class Block(nn.Module):
+    """Holds about as much inside as what flows through, so that inputs are what is left to save."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop = nn.Linear(32, 32), nn.Dropout(0.1)
+        self.scale = lambda: 1.0
+
+    def forward(self, x):
+        return x + self.drop(torch.tanh(self.linear(x) * self.scale()))
+
+
+def deep(count: int = 12, shape: tuple[int, ...] = (512, 32)) -> Case:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(count)))
+    return Case(model.train(), torch.randn(shape), lambda y, x: (y - x).square().mean())
+
+
 CASES = {"gpt2": gpt2, "cnn": cnn, "mlp": mlp}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from checkpoint_cases import Case, gpt2
-from torch import nn
+from checkpoint_cases import deep, gpt2
 
 from gradkern.checkpoint import Plan, allocator_unavailable_reason, enforce, plan
 from gradkern.checkpoint._nesting import NestedChain
@@ -19,24 +19,6 @@ from gradkern.testing import same_bits
 
 unavailable = allocator_unavailable_reason()
 needs_hook = pytest.mark.skipif(unavailable is not None, reason=f"enforce needs the allocator hook: {unavailable}")
-
-
-class Block(nn.Module):
-    """Holds about as much inside as what flows through, so that inputs are what is left to save."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.drop = nn.Linear(32, 32), nn.Dropout(0.1)
-        self.scale = lambda: 1.0
-
-    def forward(self, x):
-        return x + self.drop(torch.tanh(self.linear(x) * self.scale()))
-
-
-def deep(count=12):
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Block() for _ in range(count)))
-    return Case(model.train(), torch.randn(512, 32), lambda y, x: (y - x).square().mean())
 
 
 def least_of(case, **options):
@@ -96,6 +78,9 @@ def test_a_nested_plan_is_the_same_when_read_back(tmp_path):
     assert Plan.load(path) == made
     assert "nested" in str(made)
     made.plot(tmp_path / "plan.png")
+    assert made.for_budget(made.predicted_peak_bytes + 1) == replace(made, budget_bytes=made.predicted_peak_bytes + 1)
+    with pytest.raises(PlanInfeasibleError, match="without nesting"):
+        made.for_budget(made.predicted_peak_bytes - 1)
     larger = made.for_budget("1 GiB")
     assert larger.segments == ()
     assert all(unit.option == "keep" for unit in larger.units)

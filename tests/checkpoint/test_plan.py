@@ -298,3 +298,9 @@ def test_a_pattern_without_a_module_names_one_that_was_perhaps_meant():
     case = mlp()
     with pytest.raises(ValueError, match=r"no module of this Sequential matches '5\.9', .* such as '5\.\d'"):
         plan_for(case, "1 GiB", units=["1", "5.9"])
+
+
+def test_a_budget_beyond_all_memory(mlp_case):
+    made = plan_for(mlp_case, 2**70)
+    assert all(unit.option == "keep" for unit in made.units)
+    assert made.for_budget("99999999 PiB").units == made.units

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -283,3 +284,103 @@ def test_a_failed_forward_leaves_nothing_behind():
     assert all(map(same_bits, [param.grad for param in model.parameters()], expected))
     with torch.no_grad():
         assert model(x).shape == (4, 64)
+
+
+class Loop(nn.Module):
+    """What comes out of a unit is changed in place, or cut off, before it goes into the next."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(4))
+        self.change = change
+
+    def forward(self, x):
+        for at, block in enumerate(self.blocks):
+            x = block(x)
+            if at == 1:
+                x = self.change(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.add_(0.5), lambda x: x.detach_(), lambda x: x.mul_(2)], ids=["add", "detach", "mul"]
+)
+def test_what_the_loop_does_in_place_is_not_taken_for_what_came_out(change):
+    torch.manual_seed(0)
+    model, x = Loop(change), torch.randn(4, 8)
+
+    def run():
+        model(x).square().sum().backward()
+        found = [param.grad for param in model.parameters() if param.grad is not None]
+        model.zero_grad()
+        return found
+
+    expected = run()
+    applied(model, ("blocks.0", ("blocks.1", "blocks.2"), "blocks.3"))
+    found = run()
+    assert len(found) == len(expected)
+    assert all(map(same_bits, found, expected))
+
+
+def test_noise_that_is_filled_in_late_is_there():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.RReLU()) for _ in range(4))).train()
+    x = torch.randn(4, 8)
+
+    def run():
+        torch.manual_seed(1)
+        model(x).sum().backward()
+        found = [param.grad for param in model.parameters()]
+        model.zero_grad()
+        return found
+
+    expected = run()
+    applied(model, ("0", ("1", "2"), "3"))
+    assert all(map(same_bits, run(), expected))
+
+
+@pytest.mark.parametrize("nests", [(("0", ("1", "2"), "3"),), (("0",), ("1",))])
+@pytest.mark.parametrize("is_segment", [True, False])
+def test_parameters_that_change_before_backward_are_an_error(nests, is_segment):
+    model, _ = counted(4)
+    if is_segment:
+        applied(model, *nests)
+    else:
+        names = [name for nest in nests for name in names_in(nest)]
+        apply_recompute(model, {name: Recompute() for name in names}, plan_id="test")
+    loss = model(torch.randn(4, 64)).sum()
+    with torch.no_grad():
+        model[0].linear.bias.add_(1)
+    with pytest.raises(RuntimeError, match="changed or replaced between its forward and backward"):
+        loss.backward()
+    new = {name: param.detach().clone().requires_grad_() for name, param in model.named_parameters()}
+    loss = torch.func.functional_call(model, new, torch.randn(4, 64)).sum()
+    with pytest.raises(RuntimeError, match="functional_call"):
+        loss.backward()
+
+
+def test_a_failed_step_holds_nothing_for_good():
+    model, _ = counted(4)
+    applied(model, tuple(map(str, range(4))))
+    hook = model[2].register_forward_pre_hook(lambda module, args: 1 / 0)
+    x = torch.randn(4096, 64)
+
+    def fail():
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+
+    fail()
+    with torch.no_grad():
+        model[0](x)
+    gc.collect()
+    first = measure_peak(lambda: None, model=model).start_bytes
+    fail()
+    gc.collect()
+    # What flowed into the segment, and no activation besides.
+    held = measure_peak(lambda: None, model=model).start_bytes - first
+    assert held < x.nbytes
+    with torch.no_grad():
+        model[0](x)
+    gc.collect()
+    assert measure_peak(lambda: None, model=model).start_bytes <= first
+    hook.remove()

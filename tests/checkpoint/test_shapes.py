@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from checkpoint_cases import gpt2, mlp
+from checkpoint_cases import deep, gpt2, mlp
 from torch import nn
 
 from gradkern.checkpoint import ShapePlans, allocator_unavailable_reason, enforce, measure_peak, plan
@@ -117,6 +117,16 @@ def test_arguments(trained):
         plan(case.model, {**case.batch, "x": torch.zeros(4, 3)}, budget="1 GiB", shapes=LENGTHS)
     with pytest.raises(PlanInfeasibleError):
         plan(case.model, case.batch, budget=1000, shapes=LENGTHS)
+
+
+def test_where_only_nesting_fits_the_next_longer_plan_serves():
+    case = deep(12, (16, 48, 32))
+    with pytest.raises(PlanInfeasibleError) as refused:
+        plan(case.model, case.batch, case.loss_fn, budget=1000)
+    budget = refused.value.least_feasible_bytes
+    plans = plan(case.model, case.batch, case.loss_fn, budget=budget, shapes=[24, 36, 48])
+    assert plans.at(48).segments
+    assert plans.at(47) is plans.at(48)
 
 
 class ByLength(nn.Module):

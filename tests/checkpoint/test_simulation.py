@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import threading
+from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_cases import CASES, gpt2, mlp
@@ -265,3 +270,90 @@ def test_recorder_counts_on_a_gpu_too(mlp_case):
     held = mock.Mock(spec=["held_bytes"])
     held.held_bytes.return_value = 10**6
     assert simulated(mlp_case, recorder=held).fixed_bytes - simulated(mlp_case).fixed_bytes == 10**6
+
+
+def test_tensors_that_are_not_the_models_own_keep_their_gradients():
+    """A loss that reaches the real parameters would leave gradients without values on them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(3)))
+
+    def loss_fn(y, _):
+        return y.square().mean() + 0.01 * sum(param.square().sum() for param in model.parameters())
+
+    made = plan(model, torch.randn(64, 32), loss_fn, budget="1 GiB", gpu="H100")
+    assert made.source == "simulated H100, run on real values"
+    assert all(param.grad is None for param in model.parameters())
+    assert all(type(param) is nn.Parameter for param in model.parameters())
+
+
+class Draws(nn.Module):
+    def __init__(self, *, looks):
+        super().__init__()
+        self.linear, self.looks = nn.Linear(8, 8), looks
+
+    def forward(self, x):
+        x = self.linear(x) * random.random() * np.random.rand()  # noqa: NPY002
+        return x if not self.looks or float(x.detach().sum()) > -1e9 else -x
+
+
+@pytest.mark.parametrize(("looks", "budget"), [(False, "1 GiB"), (True, "1 GiB"), (False, "1 kB")])
+def test_generators_are_left_where_they_were(looks, budget):
+    model = nn.Sequential(*(Draws(looks=looks) for _ in range(3)))
+    before = random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
+    with contextlib.suppress(PlanInfeasibleError):
+        plan(model, torch.randn(4, 8), lambda y, _: y.square().mean(), budget=budget, gpu="H100")
+    assert (random.getstate(), np.random.get_state()[1].tobytes()) == before  # noqa: NPY002
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.LSTM(16, 16, 2, batch_first=True)
+
+    def forward(self, x):
+        return x + self.inner(x)[0]
+
+
+def test_recurrent_layers_are_run():
+    model, x = nn.Sequential(*(Recurrent() for _ in range(3))), torch.randn(8, 32, 16)
+    there = plan(model, x, lambda y, _: y.square().mean(), budget="1 GiB", gpu="H100")
+    here = plan(model, x, lambda y, _: y.square().mean(), budget="1 GiB")
+    assert there.source == "simulated H100, run on real values"
+    above = [made.natural_peak_bytes - made.fixed_bytes for made in (here, there)]
+    assert above[1] == pytest.approx(above[0], rel=0.3)
+
+
+def test_an_optimizer_that_asks_for_values(mlp_case):
+    made = simulated(mlp_case, optimizer=torch.optim.Adafactor(mlp_case.model.parameters()))
+    assert made.source == "simulated H100, run on real values"
+
+
+def test_a_model_that_cannot_be_copied():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="cannot be copied"):
+        plan(model, torch.zeros(2, 2), lambda y, _: y.mean(), budget="1 GiB", gpu="H100")
+
+
+def test_units_that_do_not_repeat_are_found_by_validate():
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rise, self.fall = nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x):
+            return self.fall(torch.tanh(self.rise(x) * random.random()))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Scales() for _ in range(4)))
+    x, loss_fn = torch.randn(512, 8), lambda y, _: y.square().mean()
+    options = {"budget": "1 GiB", "gpu": "H100"}
+    free = plan(model, x, loss_fn, **options)
+    units = tuple(replace(unit, option="recompute") if len(unit.options) > 1 else unit for unit in free.units)
+    made = replace(free, units=units)
+    made.apply(model)
+    checked = made.validate(model, x, loss_fn)
+    assert not checked.same_gradients
+    assert checked.plan is not made
+    assert all(unit.option == "keep" for unit in checked.plan.units)
+    assert checked.plan.validate(model, x, loss_fn).same_gradients

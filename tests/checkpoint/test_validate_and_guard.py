@@ -35,6 +35,7 @@ def test_a_plan_that_holds_stays(mlp_case):
     checked = made.validate(mlp_case.model, mlp_case.batch, mlp_case.loss_fn, optimizer=optimizer)
     assert checked.plan is made
     assert checked.held
+    assert checked.same_gradients
     assert checked.predicted_peak_bytes == made.predicted_peak_bytes
     assert checked.measured_peak_bytes == pytest.approx(made.predicted_peak_bytes, rel=0.01)
     assert before == [float(param.detach().double().sum()) for param in mlp_case.model.parameters()]
@@ -185,6 +186,35 @@ def test_a_step_that_has_changed_parameters_is_not_run_again(mlp_case):
     with pytest.raises(RuntimeError, match="after parameters had been changed"):
         watched.run(cycle, mlp_case.batch)
     assert calls == [1]
+
+
+def test_an_error_without_words(mlp_case):
+    calls = []
+
+    def cycle():
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError
+        return mlp_case.loss().backward()
+
+    watched = guard(mlp_case.model, mlp_case.loss_fn, budget="1 GiB")
+    watched.run(cycle, mlp_case.batch)
+    assert (len(calls), watched.replans) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"accumulate": 0}, ValueError),
+        ({"units": "nope"}, ValueError),
+        ({"gpu": "X"}, ValueError),
+        ({"optimizer": 3}, TypeError),
+        ({"recorder": 3}, TypeError),
+    ],
+)
+def test_what_is_wrong_is_said_before_training(mlp_case, options, error):
+    with pytest.raises(error):
+        guard(mlp_case.model, mlp_case.loss_fn, budget="1 GiB", **options)
 
 
 def test_a_plan_that_is_not_applied_is_refused(mlp_case):

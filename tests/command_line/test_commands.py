@@ -95,6 +95,8 @@ def test_plan_of_a_function(optimizer, tmp_path, monkeypatch):
         (["--budget", "1MiB", "--gpu", "H100"], "least feasible budget is"),
         (["--budget", "10GiB", "--gpu", "H100", "--batch", "8"], "sequences x tokens"),
         (["--budget", "10GiB", "--gpu", "H100", "--batch", "0x8"], "sequences x tokens"),
+        (["--budget", "10GiB", "--gpu", "H100", "--batch", "2xfoox64"], "sequences x tokens"),
+        (["--budget", "10GiB", "--gpu", "H100", "--out", "nowhere/plan.json"], "does not exist"),
         (["--budget", "10GiB", "--gpu", "H100", "--optimizer", "magic"], "--optimizer must be one of"),
         (["--budget", "10GiB", "--gpu", "H100", "--dtype", "fp8"], "--dtype must be one of"),
         (["--budget", "10GiB", "--gpu", "H100", "--units", "layers.*"], "no module of this"),
