@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, compress
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -29,9 +29,7 @@ from gradkern.checkpoint._profile import Span
 from gradkern.checkpoint._recompute import OpCall, Recompute
 
 from .peers import _lazy
-
-if TYPE_CHECKING:
-    from .planners import Choice, Profiled  # which may name the choosers here
+from .profiled import Choice, Profiled
 
 __all__ = ["ckptplan", "sac_milp"]
 

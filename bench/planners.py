@@ -11,9 +11,8 @@ import gc
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import compress, product
 from typing import Any
 
@@ -26,12 +25,11 @@ from gradkern.checkpoint._allocator import load_allocator
 from gradkern.checkpoint._apply import apply_recompute, remove_recompute
 from gradkern.checkpoint._gpus import find_gpu
 from gradkern.checkpoint._meter import AllocatorMeter, Machine, Mark, Meter
-from gradkern.checkpoint._operators import UnitOperators
 from gradkern.checkpoint._plan import infeasible
 from gradkern.checkpoint._preserve import preserved
 from gradkern.checkpoint._profile import Trial
 from gradkern.checkpoint._recompute import Recompute
-from gradkern.checkpoint._search import Profile, fit, profile
+from gradkern.checkpoint._search import fit, profile
 from gradkern.checkpoint._segments import Nest, names_in
 from gradkern.checkpoint._simulate import Simulation
 from gradkern.checkpoint._units import find_units
@@ -41,8 +39,9 @@ from gradkern.loss import compute_loss
 from .architectures import Architecture
 from .harness import Report
 from .planner_peers import ckptplan, sac_milp
+from .profiled import Choice, Profiled
 
-__all__ = ["CHOOSERS", "Profiled", "compare"]
+__all__ = ["CHOOSERS", "compare"]
 
 GPU = "H100"
 BUDGETS = 20
@@ -50,40 +49,6 @@ SETTINGS = 20
 MOST_UNITS = 6
 
 _ROUNDING = 1 + 1e-9
-
-Choice = dict[str, Recompute]
-"""Units to recompute, and how; the others are kept."""
-
-
-@dataclass(frozen=True)
-class Profiled:
-    """What every way to choose gets to know.
-
-    Attributes:
-        measured: Bytes and seconds of units, kept and recomputed.
-        operators: Of every unit that can be recomputed, its operators with their seconds and bytes.
-    """
-
-    measured: Profile
-    operators: Mapping[str, UnitOperators]
-
-    @property
-    def names(self) -> list[str]:
-        """Units that can be recomputed, in order of execution."""
-        return [name for name in self.measured.names if name in self.measured.buffers]
-
-    def spared_bytes(self, name: str) -> int:
-        """Bytes between forward and backward that recomputing a unit spares."""
-        keep, again = self.measured.options[1 + self.measured.names.index(name)][:2]
-        return max(0, keep.saved_bytes - again.saved_bytes)
-
-    def again_s(self, name: str) -> float:
-        """Seconds that recomputing all of a unit adds."""
-        return self.measured.options[1 + self.measured.names.index(name)][1].extra_s
-
-    def recomputed(self, names: list[str]) -> Choice:
-        """All of these units recomputed, the others kept."""
-        return {name: Recompute(self.measured.buffers[name]) for name in names}
 
 
 def all_of_them(profiled: Profiled) -> list[Choice]:
