@@ -23,7 +23,7 @@ from gradkern.checkpoint._native_solver import fastest_chain
 from gradkern.checkpoint._plot import Picture, draw
 from gradkern.checkpoint._recompute import Recompute
 from gradkern.checkpoint._segments import Nest, names_in
-from gradkern.checkpoint._solver import MOST_BYTES, peak_of, solve
+from gradkern.checkpoint._solver import MOST_BYTES, Option, peak_of, solve
 from gradkern.checkpoint._timeline import timeline
 from gradkern.checkpoint._unit_plan import KEEP, NESTED, UnitPlan, checked, read_unit
 from gradkern.checkpoint._units import HEAD, STEM
@@ -182,11 +182,9 @@ class Plan:
             ValueError: ``budget`` does not parse or is not positive.
         """
         budget_bytes = parse_bytes(budget)
-        costs = [[option.cost for option in unit.alone] for unit in self.units]
-        least, _ = fastest_chain()(costs).least_capacity()
+        costs, least_bytes = self._costs, self._least_bytes
         capacity = min(budget_bytes - self.fixed_bytes, MOST_BYTES)
         solution = None if capacity < self.floor_bytes else solve(costs, capacity, chain=fastest_chain())
-        least_bytes = self.fixed_bytes + max(least, self.floor_bytes)
         if solution is None and self.segments and self.predicted_peak_bytes <= budget_bytes:
             return replace(self, budget_bytes=budget_bytes)
         if solution is None:
@@ -221,10 +219,8 @@ class Plan:
             raise TypeError(f"pareto: count must be an int, got {type(count).__name__}")
         if count < 2:
             raise ValueError(f"pareto: count must be at least 2, got {count}")
-        costs = [[option.cost for option in unit.alone] for unit in self.units]
-        least, _ = fastest_chain()(costs).least_capacity()
-        low = self.fixed_bytes + max(least, self.floor_bytes)
-        high = self.fixed_bytes + max(peak_of(costs, (0,) * len(costs)), self.floor_bytes)
+        low = self._least_bytes
+        high = self.fixed_bytes + max(peak_of(self._costs, (0,) * len(self._costs)), self.floor_bytes)
         budgets = {low + (high - low) * at // (count - 1) for at in range(count)}
         plans = [self.for_budget(budget) for budget in sorted(budgets)]
         found: dict[float, int] = {}
@@ -341,6 +337,16 @@ class Plan:
     def does_as(self, other: Plan) -> bool:
         """Whether it recomputes the same units in the same way."""
         return (self._recompute(), self.segments) == (other._recompute(), other.segments)
+
+    @functools.cached_property
+    def _costs(self) -> list[list[Option]]:
+        """Of every unit alone, for the solver."""
+        return [[option.cost for option in unit.alone] for unit in self.units]
+
+    @functools.cached_property
+    def _least_bytes(self) -> int:
+        """The smallest peak without nesting, as modelled."""
+        return self.fixed_bytes + max(fastest_chain()(self._costs).least_capacity()[0], self.floor_bytes)
 
     @functools.cached_property
     def _id(self) -> str:

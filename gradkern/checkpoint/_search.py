@@ -136,10 +136,12 @@ def profile(
     kept = trial.measure(names, {})
     trial.progress("measuring with everything recomputed")
     recomputed = trial.measure(names, plain)
-    repeats = trial.measure(names, {}).grad_bits == kept.grad_bits if recomputed.grad_bits != kept.grad_bits else True
-    if repeats and recomputed.grad_bits != kept.grad_bits:
-        plain = _with_right_gradients(trial, names, plain, kept)
-        recomputed = trial.measure(names, plain)
+    repeats = True
+    if recomputed.grad_bits != kept.grad_bits:
+        repeats = trial.measure(names, {}).grad_bits == kept.grad_bits
+        if repeats:
+            plain = _with_right_gradients(trial, names, plain, kept)
+            recomputed = trial.measure(names, plain)
     # A plan turns key/value caches off, so its cycle with everything kept is not that of the model as it is. A cache
     # only holds what backward needs anyway, but for copies; a simulation does without them.
     natural = trial.measure(names) if uses_cache(trial.model) and trial.source.compares_bits else kept

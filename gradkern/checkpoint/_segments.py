@@ -120,19 +120,19 @@ class _Run:
     def __init__(self, nest: Nest) -> None:
         self.calls: list[_Call] = []
         self._nest = nest
+        self._names = names_in(nest)
         self._expected: list[_Expected] = []
         self._found: dict[int, Tensor | _Handle] = {}
         self._outputs: list[_Output | None] = []
 
     def follows(self, name: str) -> bool:
         """Whether this unit is the next of the segment."""
-        names = names_in(self._nest)
-        return len(self.calls) < len(names) and names[len(self.calls)] == name
+        return not self.is_complete and self._names[len(self.calls)] == name
 
     @property
     def is_complete(self) -> bool:
         """Whether all units of the segment have run."""
-        return len(self.calls) == len(names_in(self._nest))
+        return len(self.calls) == len(self._names)
 
     def call(self, forward: SegmentedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a unit without holding what autograd saves."""
