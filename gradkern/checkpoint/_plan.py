@@ -53,7 +53,8 @@ class Plan:
             budget still; the error of one that cannot be met names the least.
         gap: Bound on how much faster any other choice of units could be, as a fraction of the time of forward
             and backward under the ideal choice. It is proven for a chain of units, one after the other, with the
-            bytes and seconds measured for each; 0.0 means that no choice is faster there.
+            bytes and seconds measured for each and without nesting; 0.0 means that no choice is faster there, or that
+            none but a nested one fits.
         fixed_bytes: Of every peak, what is alive all through a step: parameters, buffers, optimizer state, the batch.
         floor_bytes: Above those, what the end of a step needs whatever is chosen: gradients and the optimizer's own.
         source: What its bytes and seconds were read from: ``"cpu"``, or the GPU that was simulated.

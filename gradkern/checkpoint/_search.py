@@ -410,7 +410,7 @@ def fit(trial: Trial, measured: Profile, budget_bytes: int, fixed_bytes: int, st
     search.enter(tuple(min(1, len(options) - 1) for options in costs), measured.recomputed)
     search.run(chain(costs).least_capacity()[1])
     capacity = min(budget_bytes - fixed_bytes, MOST_BYTES)
-    lower_bound_s = 0.0
+    lower_bound_s = math.inf  # where no choice without nesting fits, none is faster
     for attempt in range(_MAX_CORRECTIONS):
         solution = solve(costs, capacity, chain=chain)
         if solution is None:

@@ -126,5 +126,18 @@ def test_a_chain_by_hand():
     assert chain.fastest(least.peak_bytes - 1) is None
     assert least.extra_s >= tight.extra_s
     assert chain.fastest(1) is None
+    # Gradients of later units lie there while earlier ones run backward: three of 100 at the first.
+    gradients = (400, 300, 200, 100, 0, 0)
+    graded = CycleCost(
+        tuple(
+            span(each.saved_bytes, each.visits[0].peak_bytes, each.visits[1].peak_bytes, nbytes)
+            for each, nbytes in zip(kept.spans, gradients, strict=True)
+        ),
+        0,
+        400,
+        frozenset(),
+        (),
+    )
+    assert NestedChain.of(names, graded, again).fastest(10_000).peak_bytes >= 1 + 11 + 300
     freeing = CycleCost((span(1, 1, 1), span(-1, 1, 1), *kept.spans[2:]), 0, 0, frozenset(), ())
     assert NestedChain.of(names, freeing, again) is None
