@@ -149,7 +149,7 @@ def compare_peaks(
         measured_peak_bytes=planned.peak_bytes,
         natural_timeline=tuple(natural.timeline),
         planned_timeline=tuple(planned.timeline),
-        units=tuple((unit.name, unit.option, unit.saved_bytes) for unit in plan.units),
+        units=tuple((unit.name, unit.option, unit.options[0].saved_bytes) for unit in plan.units),
     )
 
 

@@ -87,7 +87,12 @@ class Guard:
                     f"memory ran out ({reason}) after parameters had been changed, by an optimizer that steps in "
                     "backward perhaps; the step cannot be run again. Load a checkpoint and plan with a smaller budget"
                 )
-            self._replan(batch, int(share * self._budget_bytes), reason)
+            try:
+                self._replan(batch, int(share * self._budget_bytes), reason)
+            except PlanInfeasibleError:
+                if share == 1.0:
+                    raise
+                break  # of a part of the budget: it is the step that holds too much
             try:
                 return cycle()
             except RuntimeError as error:
@@ -96,9 +101,9 @@ class Guard:
                 reason = _first_line(error)
         aside.restore()
         raise torch.OutOfMemoryError(
-            f"memory ran out under a plan for {format_bytes(int(_TIGHTER[-1] * self._budget_bytes))} of the budget of "
-            f"{format_bytes(self._budget_bytes)} ({reason}): the step holds more than plan() knows of. Pass the "
-            "optimizer, accumulate= and recorder= of the training loop to guard, or a larger budget"
+            f"memory ran out under every plan for the budget of {format_bytes(self._budget_bytes)} ({reason}): the step "
+            "holds more than plan() knows of. Pass the optimizer, accumulate= and recorder= of the training loop to "
+            "guard, or a larger budget"
         )
 
     def _replan(self, batch: Batch, budget_bytes: int, reason: str) -> None:
