@@ -101,9 +101,9 @@ class Guard:
                 reason = _first_line(error)
         aside.restore()
         raise torch.OutOfMemoryError(
-            f"memory ran out under every plan for the budget of {format_bytes(self._budget_bytes)} ({reason}): the step "
-            "holds more than plan() knows of. Pass the optimizer, accumulate= and recorder= of the training loop to "
-            "guard, or a larger budget"
+            f"memory ran out under every plan for the budget of {format_bytes(self._budget_bytes)} ({reason}): the "
+            "step holds more than plan() knows of. Pass the optimizer, accumulate= and recorder= of the training "
+            "loop to guard, or a larger budget"
         )
 
     def _replan(self, batch: Batch, budget_bytes: int, reason: str) -> None:
