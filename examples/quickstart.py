@@ -28,7 +28,9 @@ from demo.training import (
     MEASURED_STEP,
     ROWS_PER_MICRO_BATCH,
     Loop,
+    RecordingCost,
     rehearse,
+    rehearse_plan,
     start_recording,
     train,
 )
@@ -57,14 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.print_setup(console, setup)
 
     natural, recording_cost = rehearse(loop)
-    plan = gk.checkpoint.plan(
-        model,
-        first_batch(loop),
-        budget=int(BUDGET_SHARE * natural.peak_bytes),
-        optimizer=loop.optimizer,
-        accumulate=ACCUMULATE,
-        recorder=recording_cost,
-    )
+    plan = make_plan(loop, natural, recording_cost)
+    planned_cost = rehearse_plan(loop, plan, recording_cost)
+    if planned_cost != recording_cost:
+        plan = make_plan(loop, natural, planned_cost)
     plan.apply(model)
     terminal.print_plan(console, plan)
     with start_recording(loop, ledger_path) as recorder:
@@ -129,6 +127,18 @@ def describe(args: argparse.Namespace, loop: Loop) -> Setup:
             f"gradkern {gk.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads on "
             f"{platform.machine()}"
         ),
+    )
+
+
+def make_plan(loop: Loop, natural: gk.checkpoint.Peak[float], cost: RecordingCost) -> gk.checkpoint.Plan:
+    """Plan for a share of the natural peak."""
+    return gk.checkpoint.plan(
+        loop.model,
+        first_batch(loop),
+        budget=int(BUDGET_SHARE * natural.peak_bytes),
+        optimizer=loop.optimizer,
+        accumulate=ACCUMULATE,
+        recorder=cost,
     )
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "Loop",
     "RecordingCost",
     "rehearse",
+    "rehearse_plan",
     "start_recording",
     "train",
 ]
@@ -121,12 +122,30 @@ def rehearse(loop: Loop) -> tuple[gk.checkpoint.Peak[float], RecordingCost]:
         twin.step(step, None)
     natural = _measure(twin, STEPS_PER_SEGMENT - 1, None)
 
+    return natural, RecordingCost(_recorded_peak(loop, None) - natural.peak_bytes)
+
+
+def rehearse_plan(loop: Loop, plan: gk.checkpoint.Plan, cost: RecordingCost) -> RecordingCost:
+    """Measure a recorded step under a plan, on a copy.
+
+    What recording needs for a moment adds to the peak only where that peak is, and a plan moves it.
+
+    Returns:
+        What recording adds under this plan, at least ``cost``, which the plan was made with.
+    """
+    more = _recorded_peak(loop, plan) - plan.predicted_peak_bytes
+    return RecordingCost(cost.peak_bytes + max(0, more))
+
+
+def _recorded_peak(loop: Loop, plan: gk.checkpoint.Plan | None) -> int:
+    """Peak of the step of a copy that fills a whole segment of records."""
     twin = _twin(loop)
+    if plan is not None:
+        plan.apply(twin.model)
     with TemporaryDirectory() as folder, start_recording(twin, Path(folder) / "ledger") as recorder:
         for step in range(STEPS_PER_SEGMENT - 1):
             twin.step(step, recorder)
-        recorded = _measure(twin, STEPS_PER_SEGMENT - 1, recorder)
-    return natural, RecordingCost(recorded.peak_bytes - natural.peak_bytes)
+        return _measure(twin, STEPS_PER_SEGMENT - 1, recorder).peak_bytes
 
 
 def start_recording(loop: Loop, path: Path) -> gk.rollback.Recorder:
@@ -148,8 +167,8 @@ def train(
     Returns:
         The course of the training, and the measured peak of one of its own steps.
     """
-    held_out = loop.corpus.held_out_rows(_HELD_OUT_ROWS)
-    held_out_first = mean_loss(loop.model, held_out)
+    # Not kept meanwhile: it would be memory that the plan does not know of.
+    held_out_first = mean_loss(loop.model, loop.corpus.held_out_rows(_HELD_OUT_ROWS))
     losses: list[float] = []
     grad_norms: list[float] = []
     measured: list[gk.checkpoint.Peak[float]] = []
@@ -171,7 +190,7 @@ def train(
         seconds=time.perf_counter() - started,
         tokens=loop.tokens_per_step * steps,
         held_out_first=held_out_first,
-        held_out_last=mean_loss(loop.model, held_out),
+        held_out_last=mean_loss(loop.model, loop.corpus.held_out_rows(_HELD_OUT_ROWS)),
     )
     return training, measured[0]
 
