@@ -12,18 +12,25 @@ from gradkern.checkpoint._gpus import Gpu
 
 __all__ = ["operator_seconds"]
 
-_LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.aten.gather, torch.ops.aten.index}
+_aten, _prim = torch.ops.aten, torch.ops.prim
+
+# No kernel runs: views whose schema does not say so, memory that is left as it is, and questions about a tensor.
+_NO_WORK = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _prim.device}
+
+_LOOKUPS = {_aten.embedding, _aten.index_select, _aten.gather, _aten.index}
 
 
 def operator_seconds(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, gpu: Gpu) -> float:
-    """Return ``max(flops / rate, bytes / bandwidth)`` of one call; 0 for views, which run nothing.
+    """Return ``max(flops / rate, bytes / bandwidth)`` of one call; 0 where no kernel runs. Not for views.
 
     Floating point operations are counted by ``torch.utils.flop_counter`` (matrix products, convolutions, attention);
     bytes are those of all tensors that go in and come out, each read or written once; where rows are looked up, those
     of the rows.
     """
-    outputs = _tensors(result)
     packet = getattr(func, "overloadpacket", None)
+    if packet in _NO_WORK:
+        return 0.0
+    outputs = _tensors(result)
     inputs = outputs if packet in _LOOKUPS else [*_tensors(args), *_tensors(tuple(kwargs.values()))]
     count = flop_registry.get(packet)
     flops = 0.0 if count is None else float(count(*args, **kwargs, out_val=result))
