@@ -21,8 +21,12 @@ __all__ = ["Balance", "Shadows", "balance"]
 
 # A step rounds the parameter twice, by at most half a unit in the last place of fp32: after decay and after update.
 _ROUNDING_PER_STEP = 2 * 2.0**-24
-# Over one small parameter errors do not average out: its gradient may nearly cancel, and Adam enlarges what is left.
+# Over one small parameter errors do not average out.
 _PARAMETER_SLACK = 10.0
+# The gradient of a bias is a sum over all tokens. Where that nearly cancels, what two orders of summing differ by goes by
+# what the other elements' sums are like, and Adam enlarges it along with what is left. Partial sums of n terms are like
+# the sum, and their n roundings add up at random to some sqrt(n / 3): of thousands of tokens one by one, so many.
+_SUM_ROUNDING = 32 * 2.0**-24
 
 
 class Shadows:
@@ -31,6 +35,10 @@ class Shadows:
     Args:
         parameters: The trained parameters.
         infos: Their descriptions; those not owned get only a decay product.
+
+    Attributes:
+        decays: Product of all decays of each parameter.
+        roundings: Of each parameter that is a vector, the norm of what rounding its gradients can have added to ``D``.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], infos: Sequence[ParameterInfo]) -> None:
@@ -39,6 +47,8 @@ class Shadows:
         self._deltas: dict[int, torch.Tensor] = {}
         self._fresh: set[int] = set()
         self.decays = [1.0] * len(infos)
+        self.roundings = [0.0] * len(infos)
+        self._momentum_roundings = [0.0] * len(infos)
         for index, (parameter, info) in enumerate(zip(parameters, infos, strict=True)):
             if info.owned:
                 for buffers in (self._gradients, self._momenta, self._deltas):
@@ -83,7 +93,20 @@ class Shadows:
         momentum = self._momenta[index].mul_(update.momentum)
         if index not in self._fresh:
             momentum.add_(self._gradients[index], alpha=update.grad_weight * multiplier)
+        if momentum.dim() == 1:
+            self._step_rounding(index, update, multiplier, preconditioner)
         self._deltas[index].mul_(update.decay).addcmul_(preconditioner, momentum, value=-1)
+
+    def _step_rounding(self, index: int, update: ParamStep, multiplier: float, preconditioner: torch.Tensor) -> None:
+        """Follow through one step what rounding adds, as if every element had the typical gradient."""
+        rounding = update.momentum * self._momentum_roundings[index]
+        if index not in self._fresh:
+            gradient = self._gradients[index]
+            typical = float(torch.linalg.vector_norm(gradient)) / math.sqrt(max(1, gradient.numel()))
+            rounding += abs(update.grad_weight * multiplier) * _SUM_ROUNDING * typical
+        self._momentum_roundings[index] = rounding
+        amplified = rounding * float(torch.linalg.vector_norm(preconditioner))
+        self.roundings[index] = abs(update.decay) * self.roundings[index] + amplified
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
@@ -102,7 +125,8 @@ class Balance:
         bound: The largest error that fp32 arithmetic explains after so many steps: ``max(1e-5, 2e-8 * steps)``.
         worst_parameter: Name of the parameter that uses up most of its allowance.
         worst_ratio: Its error divided by its allowance: ten times the bound times its movement, plus what rounding the
-            parameter itself to fp32 at every step can add. Above 1, this parameter breaks the law.
+            parameter itself to fp32 at every step can add, plus, of a vector, what rounding the sums that its
+            gradients are can. Above 1, this parameter breaks the law.
         unowned_share: ``‖movement of the unowned parameters‖ / ‖movement of all‖``.
     """
 
@@ -118,6 +142,7 @@ def balance(
     initial: Mapping[str, torch.Tensor],
     deltas: Mapping[str, torch.Tensor],
     decays: Sequence[float],
+    roundings: Sequence[float],
     final: Sequence[torch.Tensor],
     steps: int,
 ) -> Balance:
@@ -128,13 +153,14 @@ def balance(
         initial: ``theta_0`` by name.
         deltas: ``D`` by name, for the owned ones.
         decays: Product of all decays of each parameter.
+        roundings: See :class:`Shadows`.
         final: ``theta_T`` in the order of ``infos``.
         steps: Number of steps, for the bound.
     """
     bound = max(1e-5, 2e-8 * steps)
     error_sq = owned_sq = unowned_sq = 0.0
     worst, worst_ratio = "", 0.0
-    for info, decay, parameter in zip(infos, decays, final, strict=True):
+    for info, decay, summed, parameter in zip(infos, decays, roundings, final, strict=True):
         now = parameter.detach().cpu().double()
         movement = now - initial[info.name].double() * decay
         moved = _norm(movement)
@@ -143,7 +169,7 @@ def balance(
             continue
         error = _norm(deltas[info.name].double() - movement)
         rounding = _ROUNDING_PER_STEP * steps * max(_norm(now), _norm(initial[info.name].double()))
-        allowance = _PARAMETER_SLACK * bound * moved + rounding
+        allowance = _PARAMETER_SLACK * bound * moved + rounding + summed
         ratio = _ratio(error, allowance)
         if ratio > worst_ratio:
             worst, worst_ratio = info.name, ratio

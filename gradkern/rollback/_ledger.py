@@ -172,6 +172,7 @@ class Ledger:
             self._store.load_role("initial"),
             self._store.load_role("deltas"),
             closing.decays,
+            closing.roundings,
             self._layout.trained_parameters(model),
             self.steps,
         )

@@ -211,7 +211,8 @@ class Recorder:
         infos = self._layout.parameters
         deltas = {infos[index].name: delta.cpu() for index, delta in self._shadows.deltas.items()}
         named = {info.name: parameter for info, parameter in zip(infos, self._parameters, strict=True)}
-        self._store.commit_closing(deltas, Closing(tuple(self._shadows.decays), digest_parameters(named)))
+        closing = Closing(tuple(self._shadows.decays), tuple(self._shadows.roundings), digest_parameters(named))
+        self._store.commit_closing(deltas, closing)
         self._store.close()
         self._closed = True
 

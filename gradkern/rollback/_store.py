@@ -72,11 +72,13 @@ class Closing:
 
     Attributes:
         decays: Product of all decays of each trained parameter.
+        roundings: Of each, what rounding its gradients can have added to the sums; 0 where that is not followed.
         parameter_digest: Digest of the trained parameters, see
             :func:`~gradkern.rollback._layout.digest_parameters`.
     """
 
     decays: tuple[float, ...]
+    roundings: tuple[float, ...]
     parameter_digest: str
 
 
@@ -148,6 +150,7 @@ class StoreWriter:
         entry = self._write("deltas.safetensors", "deltas", deltas, steps=0, visits=0)
         facts = {
             "decays": json.dumps(closing_facts.decays),
+            "roundings": json.dumps(closing_facts.roundings),
             "parameter_digest": closing_facts.parameter_digest,
         }
         self._commit(entry, facts)
@@ -247,7 +250,10 @@ class StoreReader:
         """What :meth:`StoreWriter.commit_closing` wrote; None when recording did not end properly."""
         if "parameter_digest" not in self.facts:
             return None
-        return Closing(tuple(json.loads(self.facts["decays"])), self.facts["parameter_digest"])
+        decays = tuple(json.loads(self.facts["decays"]))
+        # Ledgers written before they were followed lack them.
+        roundings = tuple(json.loads(self.facts["roundings"])) if "roundings" in self.facts else (0.0,) * len(decays)
+        return Closing(decays, roundings, self.facts["parameter_digest"])
 
     def load_role(self, role: str) -> dict[str, torch.Tensor]:
         """Load the one file of a role other than ``"segment"``."""
