@@ -63,6 +63,7 @@ def plan_command(
     dtype: Annotated[str, typer.Option(help="Of the parameters of a config: bf16, fp16 or fp32.")] = "bf16",
     shards: Annotated[int, typer.Option(help="Processes that FSDP spreads parameters over.")] = 1,
     accumulate: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
+    offload: Annotated[bool, typer.Option("--offload", help="What units save may wait in the host's memory.")] = False,
     units: Annotated[list[str] | None, typer.Option(help="Pattern over module names; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the memory of a step and what budgets cost.")] = None,
@@ -72,7 +73,7 @@ def plan_command(
         for path in (out, plot):
             if path is not None and not path.parent.is_dir():
                 raise FileNotFoundError(f"the folder of {path} does not exist; make it first")
-        made = _planned(model, budget, gpu, batch, optimizer, dtype, shards, accumulate, units or [])
+        made = _planned(model, budget, gpu, batch, optimizer, dtype, shards, accumulate, offload, units or [])
         typer.echo(str(made))
         if out is not None:
             made.save(out)
@@ -92,6 +93,7 @@ def _planned(
     dtype: str,
     shards: int,
     accumulate: int,
+    offload: bool,
     units: list[str],
 ) -> Plan:
     if optimizer not in (*_OPTIMIZERS, "none"):
@@ -113,6 +115,7 @@ def _planned(
             units=units,
             gpu=gpu,
             shards=shards,
+            offload=offload,
             progress=lambda text: bar.update(task, advance=1, description=text),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from gradkern.checkpoint._offload import Link, Offload, OffloadedForward, Route, link_of
 from gradkern.checkpoint._recompute import Recompute, RecomputedForward
 from gradkern.checkpoint._segments import Nest, SegmentedForward, make_segments
 from gradkern.checkpoint._units import unit_module
@@ -28,29 +29,39 @@ class _Applied:
 
     plan_id: str
     unit_names: tuple[str, ...]
-    cache_hooks: tuple[RemovableHandle, ...]
+    hooks: tuple[RemovableHandle, ...]
 
 
 def apply_recompute(
-    model: nn.Module, recompute: Mapping[str, Recompute], segments: Sequence[Nest] = (), *, plan_id: str
+    model: nn.Module,
+    recompute: Mapping[str, Recompute],
+    segments: Sequence[Nest] = (),
+    offloads: Sequence[Offload] = (),
+    *,
+    plan_id: str,
+    link: Callable[[torch.device], Link | None] = link_of,
 ) -> None:
-    """Make the named units recompute in backward.
+    """Make the named units recompute in backward, or have what they save wait on the host.
 
     Args:
         model: Mutated in place.
         recompute: The units to recompute, and how.
         segments: Of those, units that are recomputed together.
+        offloads: Other units, that are offloaded.
         plan_id: Written down with the model, for ``is_applied``.
+        link: Of a device to its host.
 
     Raises:
         ValueError: The model has no unit or no buffer of a given name; nothing is changed then.
     """
     modules = {name: _resolved(model, name, how.mutated_buffers) for name, how in recompute.items()}
-    cache_hooks = tuple(
+    named = [name for each in offloads for name in (each.unit, each.released_at, each.fetched_at)]
+    places = {name: _resolved(model, name, ()) for name in named}
+    hooks = [
         module.register_forward_pre_hook(partial(_without_cache, position), with_kwargs=True)
         for module in model.modules()
         for position in _cache_positions(module)
-    )
+    ]
     within = make_segments(segments)
     for name, module in modules.items():
         how = recompute[name]
@@ -59,7 +70,14 @@ def apply_recompute(
             if name in within
             else RecomputedForward(module, how, plan_id)
         )
-    vars(model)[_MARKER] = _Applied(plan_id, tuple(recompute), cache_hooks)
+    route = Route(link)
+    for each in offloads:
+        vars(places[each.unit])["forward"] = OffloadedForward(places[each.unit], plan_id, each.unit, route)
+        released = partial(route.release, each.unit)
+        hooks.append(places[each.released_at].register_forward_pre_hook(released, prepend=True))
+        hooks.append(places[each.fetched_at].register_forward_hook(partial(route.watch, each.unit)))
+    units = (*recompute, *(each.unit for each in offloads))
+    vars(model)[_MARKER] = _Applied(plan_id, units, tuple(hooks))
 
 
 def remove_recompute(model: nn.Module) -> None:
@@ -86,7 +104,7 @@ def remove_recompute(model: nn.Module) -> None:
             del vars(module)["forward"]
         else:
             vars(module)["forward"] = inner
-    for hook in applied.cache_hooks:
+    for hook in applied.hooks:
         hook.remove()
     del vars(model)[_MARKER]
 

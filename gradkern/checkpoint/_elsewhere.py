@@ -125,7 +125,8 @@ def _search(
             + (0 if job.recorder is None else job.recorder.held_bytes())
             + LOOP_BYTES
         )
-        found = fit(trial, measured, job.budget_bytes, fixed_bytes, step_bytes)
+        link_bytes_per_s = simulation.gpu.link_bytes_per_s if job.offload else 0.0
+        found = fit(trial, measured, job.budget_bytes, fixed_bytes, step_bytes, link_bytes_per_s)
     spread = f", 1 of {shards} shards" if shards > 1 else ""
     return Outcome(measured, found, fixed_bytes, step_bytes, f"simulated {simulation.gpu.name}{spread}{how}")
 

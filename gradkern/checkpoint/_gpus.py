@@ -23,6 +23,7 @@ class Gpu:
         half_flops: Floating point operations a second of matrix products in bf16 or fp16, accumulated in fp32.
         float_flops: The same in fp32, without TF32, which torch leaves off.
         workspace_bytes: What torch keeps for cuBLAS or hipBLAS once a matrix product has run.
+        link_bytes_per_s: Of its link to the host, each way.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Gpu:
     half_flops: float
     float_flops: float
     workspace_bytes: int
+    link_bytes_per_s: float
 
     def flops(self, dtype: torch.dtype) -> float:
         """Operations a second of matrix products of a dtype; fp64 and integers as fp32."""
@@ -40,16 +42,19 @@ class Gpu:
 # getChosenWorkspaceSize in torch's aten/src/ATen/cuda/CublasHandlePool.cpp: by architecture.
 _AMPERE, _HOPPER, _CDNA3 = 8_519_680, 32 * 2**20, 128 * 2**20
 
+# 16 lanes of PCI Express, fourth and fifth generation.
+_PCIE4, _PCIE5 = 32 * _GIGA, 64 * _GIGA
+
 GPUS = {
     gpu.name.casefold(): gpu
     for gpu in (
-        Gpu("A100-40", 40 * _GIGA, 1.555 * _TERA, 312.0 * _TERA, 19.5 * _TERA, _AMPERE),
-        Gpu("A100-80", 80 * _GIGA, 2.039 * _TERA, 312.0 * _TERA, 19.5 * _TERA, _AMPERE),
-        Gpu("H100", 80 * _GIGA, 3.35 * _TERA, 989.4 * _TERA, 66.9 * _TERA, _HOPPER),
-        Gpu("H200", 141 * _GIGA, 4.8 * _TERA, 989.4 * _TERA, 66.9 * _TERA, _HOPPER),
-        Gpu("B200", 180 * _GIGA, 8.0 * _TERA, 2250.0 * _TERA, 75.0 * _TERA, _HOPPER),
-        Gpu("RTX4090", 24 * _GIGA, 1.008 * _TERA, 165.2 * _TERA, 82.6 * _TERA, _AMPERE),
-        Gpu("MI300X", 192 * _GIGA, 5.3 * _TERA, 1307.4 * _TERA, 163.4 * _TERA, _CDNA3),
+        Gpu("A100-40", 40 * _GIGA, 1.555 * _TERA, 312.0 * _TERA, 19.5 * _TERA, _AMPERE, _PCIE4),
+        Gpu("A100-80", 80 * _GIGA, 2.039 * _TERA, 312.0 * _TERA, 19.5 * _TERA, _AMPERE, _PCIE4),
+        Gpu("H100", 80 * _GIGA, 3.35 * _TERA, 989.4 * _TERA, 66.9 * _TERA, _HOPPER, _PCIE5),
+        Gpu("H200", 141 * _GIGA, 4.8 * _TERA, 989.4 * _TERA, 66.9 * _TERA, _HOPPER, _PCIE5),
+        Gpu("B200", 180 * _GIGA, 8.0 * _TERA, 2250.0 * _TERA, 75.0 * _TERA, _HOPPER, _PCIE5),
+        Gpu("RTX4090", 24 * _GIGA, 1.008 * _TERA, 165.2 * _TERA, 82.6 * _TERA, _AMPERE, _PCIE4),
+        Gpu("MI300X", 192 * _GIGA, 5.3 * _TERA, 1307.4 * _TERA, 163.4 * _TERA, _CDNA3, _PCIE5),
     )
 }
 """By name, in lower case."""

@@ -33,6 +33,7 @@ class Job:
     Attributes:
         candidates: Names of modules that may be units.
         saving_sets: Of units, sets of operators whose outputs may be held; None finds some.
+        offload: Whether what units save may wait on the host.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Job:
     candidates: list[str]
     progress: Callable[[str], None]
     saving_sets: Mapping[str, SavingSets] | None = None
+    offload: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.autograd.profiler import record_function
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from gradkern.checkpoint._allocator import CountingAllocator, load_allocator
+from gradkern.checkpoint._offload import Link, link_of
 from gradkern.checkpoint._storages import dense_parts
 from gradkern.errors import BackendUnavailableError
 
@@ -81,6 +82,9 @@ class Source(Protocol):
     def clock(self) -> float:
         """Seconds."""
 
+    def link(self, device: torch.device) -> Link | None:
+        """The link of a device to its host; None where it is the host."""
+
 
 class Machine:
     """This machine's own memory and clock."""
@@ -99,6 +103,10 @@ class Machine:
     def clock(self) -> float:
         """Return a monotonic time."""
         return time.perf_counter()
+
+    def link(self, device: torch.device) -> Link | None:
+        """Return the device's own."""
+        return link_of(device)
 
 
 @functools.cache

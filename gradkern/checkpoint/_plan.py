@@ -20,12 +20,13 @@ from gradkern.checkpoint._apply import applied_within, apply_recompute, is_appli
 from gradkern.checkpoint._bytes import format_bytes, parse_bytes
 from gradkern.checkpoint._fingerprint import Fingerprint, TensorInfo
 from gradkern.checkpoint._native_solver import fastest_chain
+from gradkern.checkpoint._offload import Offload
 from gradkern.checkpoint._plot import Picture, draw
 from gradkern.checkpoint._recompute import Recompute
 from gradkern.checkpoint._segments import Nest, names_in
 from gradkern.checkpoint._solver import MOST_BYTES, Option, peak_of, solve
 from gradkern.checkpoint._timeline import timeline
-from gradkern.checkpoint._unit_plan import KEEP, NESTED, UnitPlan, checked, read_unit
+from gradkern.checkpoint._unit_plan import NESTED, OFFLOAD, UnitPlan, checked, read_unit
 from gradkern.checkpoint._units import HEAD, STEM
 from gradkern.errors import PlanInfeasibleError
 from gradkern.loss import Batch, LossFn
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "infeasible"]
 
 _FORMAT = "gradkern.checkpoint.plan"
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Plan:
         units: What to do with each unit.
         segments: Units that are recomputed together, by name: what flows into the first is held, and when backward
             arrives they all run again, of inner tuples only holding what flows in. Empty unless units are nested.
+        offloads: Units whose saved tensors wait on the host, and when they travel. Empty unless some are offloaded.
         fingerprint: The model it is for.
     """
 
@@ -75,6 +77,7 @@ class Plan:
     source: str
     units: tuple[UnitPlan, ...]
     segments: tuple[Nest, ...]
+    offloads: tuple[Offload, ...]
     fingerprint: Fingerprint
 
     def apply(self, model: nn.Module) -> None:
@@ -108,7 +111,7 @@ class Plan:
                 f"a plan made for another model reaches into this one, at {planned!r}; remove that plan from the "
                 "model it was applied to first"
             )
-        apply_recompute(model, self._recompute(), self.segments, plan_id=self._id)
+        apply_recompute(model, self._recompute(), self.segments, self.offloads, plan_id=self._id)
 
     def validate(
         self,
@@ -186,10 +189,10 @@ class Plan:
         costs, least_bytes = self._costs, self._least_bytes
         capacity = min(budget_bytes - self.fixed_bytes, MOST_BYTES)
         solution = None if capacity < self.floor_bytes else solve(costs, capacity, chain=fastest_chain())
-        if solution is None and self.segments and self.predicted_peak_bytes <= budget_bytes:
+        if solution is None and (self.segments or self.offloads) and self.predicted_peak_bytes <= budget_bytes:
             return replace(self, budget_bytes=budget_bytes)
         if solution is None:
-            raise infeasible(budget_bytes, least_bytes, " without nesting, which this does not try")
+            raise infeasible(budget_bytes, least_bytes, " without nesting or offloading, which this does not try")
         peak_bytes = self.fixed_bytes + max(peak_of(costs, solution.choices), self.floor_bytes)
         units = zip(self.units, solution.choices, strict=True)
         return replace(
@@ -201,6 +204,7 @@ class Plan:
             gap=(solution.extra_s - solution.lower_bound_s) / (self.step_s + solution.lower_bound_s),
             units=tuple(replace(unit, option=unit.alone[choice].name) for unit, choice in units),
             segments=(),
+            offloads=(),
         )
 
     def pareto(self, count: int = 40) -> list[tuple[int, float]]:
@@ -310,7 +314,7 @@ class Plan:
     def __str__(self) -> str:
         """Write the plan as a table."""
         share = 100 * self.extra_s / self.step_s if self.step_s else 0.0
-        recomputed = sum(unit.option != KEEP for unit in self.units)
+        recomputed = sum(unit.recompute is not None for unit in self.units)
         width = max(len(unit.name) for unit in self.units)
         lines = [
             f"natural peak    {format_bytes(self.natural_peak_bytes):>12}",
@@ -319,6 +323,7 @@ class Plan:
             f"least feasible  {format_bytes(self.least_feasible_bytes):>12}",
             f"recomputed      {recomputed:>12} of {len(self.units)} units, about {share:.1f} % more time, "
             f"gap {100 * self.gap:.2f} %",
+            *([f"offloaded       {len(self.offloads):>12} of {len(self.units)} units"] if self.offloads else []),
             "",
             f"{'unit':<{width}}  {'option':<9}  {'held':>12}  {'if kept':>12}  {'forward':>9}  {'backward':>9}  "
             f"{'again':>9}",
@@ -337,7 +342,11 @@ class Plan:
 
     def does_as(self, other: Plan) -> bool:
         """Whether it recomputes the same units in the same way."""
-        return (self._recompute(), self.segments) == (other._recompute(), other.segments)
+        return (self._recompute(), self.segments, self.offloads) == (
+            other._recompute(),
+            other.segments,
+            other.offloads,
+        )
 
     @functools.cached_property
     def _costs(self) -> list[list[Option]]:
@@ -362,7 +371,7 @@ class Plan:
         """Rebuild and check; errors name the field."""
         known = {field.name for field in fields(cls)}
         values = {name: document[name] for name in known}
-        for name in known - {"gap", "source", "units", "segments", "fingerprint"}:
+        for name in known - {"gap", "source", "units", "segments", "offloads", "fingerprint"}:
             values[name] = checked(name, document[name], int)
             if values[name] < 0:
                 raise ValueError(f"field {name} is below zero, {values[name]}")
@@ -376,6 +385,13 @@ class Plan:
         nested = [unit.name for unit in values["units"] if unit.option == NESTED]
         if [name for nest in values["segments"] for name in names_in(nest)] != nested:
             raise ValueError("field segments does not hold the units with the option 'nested', in their order")
+        values["offloads"] = tuple(map(_read_offload, checked("offloads", document["offloads"], list)))
+        offloaded = [unit.name for unit in values["units"] if unit.option == OFFLOAD]
+        if [each.unit for each in values["offloads"]] != offloaded:
+            raise ValueError("field offloads does not hold the units with the option 'offload', in their order")
+        places = {name for each in values["offloads"] for name in (each.released_at, each.fetched_at)}
+        if not places <= set(names[1:-1]):
+            raise ValueError(f"field offloads names {sorted(places - set(names[1:-1]))}, which are no units")
         stored = checked("fingerprint", document["fingerprint"], dict)
         values["fingerprint"] = Fingerprint(
             model_class=checked("model_class", stored["model_class"], str),
@@ -402,6 +418,12 @@ def _read_nest(stored: Any) -> Nest:
     """Rebuild a segment."""
     items = checked("segments", stored, list)
     return tuple(_read_nest(item) if isinstance(item, list) else checked("segments", item, str) for item in items)
+
+
+def _read_offload(stored: Any) -> Offload:
+    """Rebuild when a unit's saved tensors travel."""
+    values = checked("offloads", stored, dict)
+    return Offload(*(checked(name, values[name], str) for name in ("unit", "released_at", "fetched_at")))
 
 
 def infeasible(budget_bytes: int, least_feasible_bytes: int, how: str = "") -> PlanInfeasibleError:

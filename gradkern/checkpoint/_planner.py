@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import nn
@@ -39,6 +39,7 @@ def plan(
     units: str | Sequence[str] = (),
     gpu: str | None = None,
     shards: int = 1,
+    offload: bool = False,
     shapes: None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan: ...
@@ -57,6 +58,7 @@ def plan(
     units: str | Sequence[str] = (),
     gpu: str | None = None,
     shards: int = 1,
+    offload: Literal[False] = False,
     shapes: Sequence[int],
     progress: Callable[[str], None] | None = None,
 ) -> ShapePlans: ...
@@ -74,6 +76,7 @@ def plan(
     units: str | Sequence[str] = (),
     gpu: str | None = None,
     shards: int = 1,
+    offload: bool = False,
     shapes: Sequence[int] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan | ShapePlans:
@@ -113,6 +116,8 @@ def plan(
             model's nor the batch's, the model itself runs. None measures here, on the CPU.
         shards: With ``gpu``: processes that parameters, gradients and optimizer state are spread over, as by FSDP. Two
             units and what is in no unit are whole at a time; communication takes no time.
+        offload: With ``gpu``: what units save may also wait in the memory of the host, as much of it as the link
+            carries there and back while other units run. The host's memory, pinned, is not part of the budget.
         shapes: Three or more lengths, the sizes of dimension 1 that batches may have; the largest is that of ``batch``,
             shorter ones are cut from it. Each is planned for, and the answer chooses for any length up to the largest.
         progress: Called with a few words before each pass over the model.
@@ -127,11 +132,11 @@ def plan(
         RuntimeError: A plan is applied to the model or a part of it, or ``transformers`` gradient checkpointing is on.
         TypeError: An argument is of the wrong type.
         ValueError: ``budget`` does not parse or is not positive, ``gpu`` is not known, a pattern in ``units`` matches
-            nothing, ``accumulate`` or ``shards`` is below 1, ``shards`` is given without ``gpu``, a tensor lies
-            outside CPU memory, the loss has no gradient, a unit runs in some passes only though the global generators
-            start alike, what runs depends on values that a model without them lacks, or the optimizer needs a closure
-            or cannot step as a deep copy (one with attributes of its own, which copies of ``torch.optim.Optimizer``
-            lack): plan with ``optimizer=None`` then and leave room for its state.
+            nothing, ``accumulate`` or ``shards`` is below 1, ``shards`` or ``offload`` is given without ``gpu``,
+            ``offload`` with ``shapes``, a tensor lies outside CPU memory, the loss has no gradient, a unit runs in some
+            passes only though the global generators start alike, what runs depends on values that a model without them
+            lacks, or the optimizer needs a closure or cannot step as a deep copy (one with attributes of its own, which
+            copies of ``torch.optim.Optimizer`` lack): plan with ``optimizer=None`` then and leave room for its state.
 
     Example:
         >>> blocks = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(4)]
@@ -145,9 +150,14 @@ def plan(
     simulated = None if gpu is None else find_gpu(gpu)
     check_arguments(model, optimizer, accumulate, recorder)
     _check_place(model, batch, optimizer, shards, is_here=simulated is None)
+    if offload and (simulated is None or shapes is not None):
+        which = (
+            "gpu=, for what is measured here has no host beside it" if simulated is None else "one length, not shapes="
+        )
+        raise ValueError(f"plan: offload=True needs {which}")
     candidates = find_units(model, [units] if isinstance(units, str) else list(units))
     told = progress or _untold
-    job = Job(model, batch, loss_fn, budget_bytes, optimizer, accumulate, recorder, candidates, told)
+    job = Job(model, batch, loss_fn, budget_bytes, optimizer, accumulate, recorder, candidates, told, offload=offload)
     if shapes is None:
         return _plan_one(job, simulated, shards)
     lengths = _checked_lengths(shapes, batch)
@@ -263,7 +273,8 @@ def _as_plan(outcome: Outcome, job: Job) -> Plan:
         fixed_bytes=outcome.fixed_bytes,
         floor_bytes=measured.kept.end_bytes + outcome.step_bytes,
         source=outcome.source,
-        units=measured.unit_plans(found.choices, found.nesting),
+        units=measured.unit_plans(found.choices, found.nesting, found.offloads),
         segments=_together(found.nesting),
+        offloads=found.offloads,
         fingerprint=Fingerprint.of(job.model),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradkern.checkpoint._apply import apply_recompute, remove_recompute
 from gradkern.checkpoint._meter import Mark, Meter, Source
+from gradkern.checkpoint._offload import Link, Offload, link_of
 from gradkern.checkpoint._operators import UnitOperators, record_operators
 from gradkern.checkpoint._recompute import Recompute
 from gradkern.checkpoint._segments import Nest
@@ -112,6 +114,11 @@ class CycleCost:
     has_grad: frozenset[Tensor]
     grad_bits: tuple[int | None, ...]
 
+    @property
+    def seconds(self) -> float:
+        """Of a micro-batch, forward and backward."""
+        return math.fsum(span.forward_s + span.backward_s for span in self.spans)
+
 
 class Trial:
     """Runs cycles of forward and backward passes of one model on one batch.
@@ -176,6 +183,7 @@ class Trial:
         units: Sequence[str],
         recompute: Mapping[str, Recompute] | None = None,
         segments: Sequence[Nest] = (),
+        offloads: Sequence[Offload] = (),
     ) -> CycleCost:
         """Run one cycle in its steady state.
 
@@ -183,8 +191,9 @@ class Trial:
             units: Units in order of execution.
             recompute: Units to recompute, and how; None runs the model as it is.
             segments: Of those, units that are recomputed together.
+            offloads: Other units, that are offloaded.
         """
-        with _recomputing(self.model, recompute, segments):
+        with _recomputing(self.model, recompute, segments, offloads, self.source.link):
             self._drop_gradients()
             # A collection in the middle would make the peak depend on what else the process does.
             was_enabled = gc.isenabled()
@@ -368,13 +377,17 @@ def _bit_sum(grad: Tensor) -> int:
 
 @contextmanager
 def _recomputing(
-    model: nn.Module, recompute: Mapping[str, Recompute] | None, segments: Sequence[Nest] = ()
+    model: nn.Module,
+    recompute: Mapping[str, Recompute] | None,
+    segments: Sequence[Nest] = (),
+    offloads: Sequence[Offload] = (),
+    link: Callable[[torch.device], Link | None] = link_of,
 ) -> Iterator[None]:
     """Apply a choice for the length of the block."""
     if recompute is None:
         yield
         return
-    apply_recompute(model, recompute, segments, plan_id="trial")
+    apply_recompute(model, recompute, segments, offloads, plan_id="trial", link=link)
     try:
         yield
     finally:

@@ -12,12 +12,14 @@ from torch import nn
 from gradkern.checkpoint._apply import uses_cache
 from gradkern.checkpoint._native_solver import fastest_chain
 from gradkern.checkpoint._nesting import NestedChain, Nesting
+from gradkern.checkpoint._offload import Offload
+from gradkern.checkpoint._offloading import traffic
 from gradkern.checkpoint._operators import UnitOperators, saving_sets
 from gradkern.checkpoint._profile import CycleCost, Difference, Trial
 from gradkern.checkpoint._recompute import OpCall, Recompute
 from gradkern.checkpoint._segments import names_in
 from gradkern.checkpoint._solver import MOST_BYTES, Option, extra_seconds, peak_of, solve
-from gradkern.checkpoint._unit_plan import KEEP, NESTED, RECOMPUTE, UnitOption, UnitPlan
+from gradkern.checkpoint._unit_plan import KEEP, NESTED, OFFLOAD, RECOMPUTE, UnitOption, UnitPlan
 from gradkern.checkpoint._units import HEAD, STEM, WHOLE_MODEL, unit_module
 
 __all__ = ["Found", "Profile", "SavingSets", "fit", "profile"]
@@ -66,7 +68,7 @@ class Profile:
     @property
     def step_s(self) -> float:
         """Seconds forward and backward with everything kept."""
-        return math.fsum(span.forward_s + span.backward_s for span in self.kept.spans)
+        return self.kept.seconds
 
     def recompute(self, choices: Sequence[int]) -> dict[str, Recompute]:
         """What to recompute under a choice for stem, units and head."""
@@ -75,18 +77,20 @@ class Profile:
             name: Recompute(self.buffers[name], options[choice].saved_ops) for name, choice, options in chosen if choice
         }
 
-    def unit_plans(self, choices: Sequence[int], nesting: Nesting | None) -> tuple[UnitPlan, ...]:
-        """Write a choice down; of units in a nesting that is how they run."""
+    def unit_plans(
+        self, choices: Sequence[int], nesting: Nesting | None, offloads: Sequence[Offload]
+    ) -> tuple[UnitPlan, ...]:
+        """Write a choice down; of units in a nesting or offloaded that is how they run."""
         names = (STEM, *self.names, HEAD)
-        nested = {} if nesting is None else self._nested(nesting)
+        otherwise = self._offloaded(offloads) if nesting is None else self._nested(nesting)
         plans = []
         for name, choice, options, kept in zip(names, choices, self.options, self.kept.spans, strict=True):
-            option = nested.get(name, options[choice])
+            option = otherwise.get(name, options[choice])
             plans.append(
                 UnitPlan(
                     name=name,
                     option=option.name,
-                    options=(*options, option) if option.name == NESTED else options,
+                    options=options if option in options else (*options, option),
                     forward_s=kept.forward_s,
                     backward_s=kept.backward_s,
                     gradient_bytes=kept.visits[1].gradient_bytes if len(kept.visits) > 1 else 0,
@@ -94,6 +98,14 @@ class Profile:
                 )
             )
         return tuple(plans)
+
+    def _offloaded(self, offloads: Sequence[Offload]) -> dict[str, UnitOption]:
+        """How offloaded units run."""
+        found = {}
+        for each in offloads:
+            keep, again = self.options[1 + self.names.index(each.unit)][:2]
+            found[each.unit] = UnitOption(OFFLOAD, again.saved_bytes, keep.peak_bytes, 0.0)
+        return found
 
     def _nested(self, nesting: Nesting) -> dict[str, UnitOption]:
         """How units of a nesting run: recomputed, alone or together."""
@@ -277,16 +289,18 @@ def _options(
         saved_bytes = max(keep.saved_bytes, again.saved_bytes)
         options.append((UnitOption(KEEP, saved_bytes, max(keep.peak_bytes, again.peak_bytes), 0.0),))
     for at, kind in enumerate(kinds):
+        again_s = kind.again_s()
+        seconds = [kind.again_s(saved_ops) for saved_ops in kind.sets]
         for index, ran in zip(kind.indices, kind.operators, strict=True):
             keep, again = kept.spans[index], recomputed.spans[index]
             found = [
                 UnitOption(KEEP, keep.saved_bytes, keep.peak_bytes, 0.0),
-                UnitOption(RECOMPUTE, again.saved_bytes, again.peak_bytes, kind.again_s()),
+                UnitOption(RECOMPUTE, again.saved_bytes, again.peak_bytes, again_s),
             ]
             for number, saved_ops in enumerate(kind.sets):
                 difference = selected.get((at, number))
                 if difference is not None:
-                    extra_s = kind.again_s(saved_ops) + select_s * len(ran.operators)
+                    extra_s = seconds[number] + select_s * len(ran.operators)
                     saved_bytes, peak_bytes = again.with_difference(difference)
                     found.append(UnitOption(f"select {number + 1}", saved_bytes, peak_bytes, extra_s, saved_ops))
             options[index] = tuple(found)
@@ -317,14 +331,17 @@ class Found:
         least_feasible_bytes: The smallest peak that was run.
         choices: An option for stem, every unit and head.
         nesting: What stands above it for the units it nests.
+        offloads: Likewise, units that are offloaded.
         peak_bytes: Of the step, as it was run.
         modelled_bytes: The same as modelled.
-        gap: Bound on how much faster another choice could be, as a share of the step; of choices without nesting.
+        gap: Bound on how much faster another choice could be, as a share of the step; of choices without nesting and
+            offloading.
     """
 
     least_feasible_bytes: int
     choices: tuple[int, ...] | None
     nesting: Nesting | None
+    offloads: tuple[Offload, ...]
     peak_bytes: int
     modelled_bytes: int
     gap: float
@@ -339,6 +356,7 @@ class _Run:
     peak_bytes: int
     modelled_bytes: int
     extra_s: float
+    offloads: tuple[Offload, ...] = ()
 
 
 class _Search:
@@ -386,6 +404,22 @@ class _Search:
         run = _Run(all_kept, nesting, self._step(cycle), self._modelled(nesting.peak_bytes), nesting.extra_s)
         return self.runs.setdefault(nesting.segments, run)
 
+    def run_offloaded(
+        self, choices: tuple[int, ...], offloads: tuple[Offload, ...], modelled_bytes: int
+    ) -> _Run | None:
+        """Run a choice with some of the units that it keeps offloaded; None where that changes a gradient."""
+        if (choices, offloads) in self.runs:
+            return self.runs[choices, offloads]
+        self._trial.progress("running a plan that offloads")
+        recompute = self._measured.recompute(choices)
+        cycle = self._trial.measure(self._measured.names, recompute, offloads=offloads)
+        if self._measured.repeats and cycle.grad_bits != self._measured.kept.grad_bits:
+            return None
+        # What waits for the link shows in the clock.
+        extra_s = max(extra_seconds(self.costs, choices), cycle.seconds - self._measured.kept.seconds)
+        run = _Run(choices, None, self._step(cycle), self._modelled(modelled_bytes), extra_s, offloads)
+        return self.runs.setdefault((choices, offloads), run)
+
     def _step(self, cycle: CycleCost) -> int:
         """Peak of the step that a cycle belongs to, the optimizer's part included."""
         return self._fixed_bytes + max(cycle.peak_bytes, cycle.end_bytes + self._step_bytes)
@@ -394,7 +428,14 @@ class _Search:
         return self._fixed_bytes + max(cycle_bytes, self._measured.kept.end_bytes + self._step_bytes)
 
 
-def fit(trial: Trial, measured: Profile, budget_bytes: int, fixed_bytes: int, step_bytes: int) -> Found:
+def fit(
+    trial: Trial,
+    measured: Profile,
+    budget_bytes: int,
+    fixed_bytes: int,
+    step_bytes: int,
+    link_bytes_per_s: float = 0.0,
+) -> Found:
     """Solve and run until a choice holds, tightening the capacity by what the last one was over.
 
     Args:
@@ -403,6 +444,7 @@ def fit(trial: Trial, measured: Profile, budget_bytes: int, fixed_bytes: int, st
         budget_bytes: Of the whole step.
         fixed_bytes: Alive all through it.
         step_bytes: What the optimizer's step needs for a moment.
+        link_bytes_per_s: Of the link to a host that what units save may wait on; 0 where there is none.
     """
     search = _Search(trial, measured, fixed_bytes, step_bytes)
     costs, chain = search.costs, fastest_chain()
@@ -421,17 +463,20 @@ def fit(trial: Trial, measured: Profile, budget_bytes: int, fixed_bytes: int, st
         if excess <= 0:
             break
         capacity -= excess
+    if link_bytes_per_s > 0.0:
+        _offload(search, measured, budget_bytes, fixed_bytes, link_bytes_per_s)
     single = _fastest(search, budget_bytes)
     _nest(search, measured, budget_bytes, fixed_bytes, None if single is None else single.extra_s)
     least_bytes = min(run.peak_bytes for run in search.runs.values())
     best = _fastest(search, budget_bytes)
     if best is None:
-        return Found(least_bytes, None, None, 0, 0, 0.0)
+        return Found(least_bytes, None, None, (), 0, 0, 0.0)
     lower_bound_s = min(lower_bound_s, best.extra_s)
     return Found(
         least_feasible_bytes=least_bytes,
         choices=best.choices,
         nesting=best.nesting,
+        offloads=best.offloads,
         peak_bytes=best.peak_bytes,
         modelled_bytes=best.modelled_bytes,
         gap=(best.extra_s - lower_bound_s) / (measured.step_s + lower_bound_s),
@@ -441,6 +486,28 @@ def fit(trial: Trial, measured: Profile, budget_bytes: int, fixed_bytes: int, st
 def _fastest(search: _Search, budget_bytes: int) -> _Run | None:
     holding = [run for run in search.runs.values() if run.peak_bytes <= budget_bytes]
     return min(holding, key=lambda run: run.extra_s, default=None)
+
+
+def _offload(search: _Search, measured: Profile, budget_bytes: int, fixed_bytes: int, link_bytes_per_s: float) -> None:
+    """Run choices that offload, of those that should be faster than what holds the fastest first."""
+    chain = fastest_chain()
+    spared = fixed_bytes
+    for _ in range(_MAX_CORRECTIONS):
+        capacity = min(budget_bytes - spared, MOST_BYTES)
+        holding = _fastest(search, budget_bytes)
+        best = None
+        for way in traffic(measured.names, measured.buffers, measured.kept.spans, link_bytes_per_s):
+            costs = way.costs(measured.names, search.costs)
+            solution = solve(costs, capacity, chain=chain)
+            faster = solution is not None and (best is None or solution.extra_s < best[0].extra_s)
+            if solution is not None and faster and (holding is None or solution.extra_s < holding.extra_s):
+                best = solution, way.offloads, peak_of(costs, solution.choices)
+        if best is None:
+            break
+        run = search.run_offloaded(best[0].choices, *best[1:])
+        if run is None or run.peak_bytes <= budget_bytes:
+            break
+        spared += run.peak_bytes - budget_bytes
 
 
 def _nest(search: _Search, measured: Profile, budget_bytes: int, fixed_bytes: int, single_s: float | None) -> None:

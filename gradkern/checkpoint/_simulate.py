@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from gradkern.checkpoint._allocator import CountingAllocator
 from gradkern.checkpoint._gpus import Gpu
 from gradkern.checkpoint._meter import Mark
+from gradkern.checkpoint._offload import Copy
 from gradkern.checkpoint._roofline import operator_seconds
 from gradkern.checkpoint._storages import dense_parts, storages_of, tensors_of
 
@@ -77,6 +78,8 @@ class Simulation(TorchDispatchMode):
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._whole_gradients: list[Tensor] = []
         self._aliases: dict[Any, bool] = {}
+        self._link = _SimulatedLink(self)
+        self._is_paused = False
 
     def meter(self) -> SimulatedMeter:
         """A new meter."""
@@ -85,6 +88,23 @@ class Simulation(TorchDispatchMode):
     def clock(self) -> float:
         """Seconds of the GPU's work so far."""
         return self.seconds
+
+    def link(self, device: torch.device) -> _SimulatedLink:
+        """The link to the host, whatever the stand-ins lie on."""
+        return self._link
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Neither count nor clock what the block runs: it is the host's."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def enter(self, tensor: Tensor) -> None:
+        """Count a tensor that was made while paused."""
+        self._note_output(tensor)
 
     @contextmanager
     def watching(self, params: list[nn.Parameter]) -> Iterator[None]:
@@ -120,6 +140,8 @@ class Simulation(TorchDispatchMode):
         if func in _NOT_SIMULATED and not self.compares_bits:
             raise NotSimulatedError(f"{func} saves a workspace whose size is not known without running it")
         result = func(*args, **kwargs)
+        if self._is_paused:
+            return result
         aliases = self._aliases.get(func)
         if aliases is None:
             aliases = any(returned.alias_info is not None for returned in func._schema.returns)
@@ -198,6 +220,40 @@ class SimulatedMeter:
     def bytes_of(self, tensor: Tensor) -> int:
         """Bytes that it counts for a tensor."""
         return self._simulation.bytes_of(tensor)
+
+
+class _SimulatedLink:
+    """The link of a simulated GPU to its host."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+        self._out_free_s = self._back_free_s = 0.0
+
+    def carries(self, tensor: Tensor) -> bool:
+        """All of them."""
+        return True
+
+    def send(self, tensor: Tensor) -> Copy:
+        """Begin to copy when the link has nothing else to send."""
+        with self._simulation.paused():
+            there = tensor.clone()
+        self._out_free_s = max(self._out_free_s, self._simulation.seconds) + self._seconds(tensor)
+        return Copy(there, self._out_free_s)
+
+    def fetch(self, tensor: Tensor) -> Copy:
+        """Begin to copy back when the link has nothing else to fetch."""
+        with self._simulation.paused():
+            here = tensor.clone()
+        self._simulation.enter(here)
+        self._back_free_s = max(self._back_free_s, self._simulation.seconds) + self._seconds(tensor)
+        return Copy(here, self._back_free_s)
+
+    def wait(self, copy: Copy) -> None:
+        """Let time pass until a copy is done."""
+        self._simulation.seconds = max(self._simulation.seconds, copy.ready)
+
+    def _seconds(self, tensor: Tensor) -> float:
+        return tensor.untyped_storage().nbytes() / self._simulation.gpu.link_bytes_per_s
 
 
 @contextmanager

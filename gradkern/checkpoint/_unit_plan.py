@@ -9,9 +9,9 @@ from gradkern.checkpoint._recompute import OpCall, Recompute
 from gradkern.checkpoint._solver import Option
 from gradkern.checkpoint._units import HEAD, STEM
 
-__all__ = ["KEEP", "NESTED", "RECOMPUTE", "UnitOption", "UnitPlan", "checked", "read_unit"]
+__all__ = ["KEEP", "NESTED", "OFFLOAD", "RECOMPUTE", "UnitOption", "UnitPlan", "checked", "read_unit"]
 
-KEEP, RECOMPUTE, NESTED = "keep", "recompute", "nested"
+KEEP, RECOMPUTE, NESTED, OFFLOAD = "keep", "recompute", "nested", "offload"
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class UnitOption:
 
     Attributes:
         name: ``"keep"`` (no wrapper at all), ``"recompute"``, ``"select 1"`` and on: recomputed but for some
-            operators whose outputs are held, the more the larger the number; or ``"nested"``: recomputed together with
-            its neighbours, as ``Plan.segments`` says.
+            operators whose outputs are held, the more the larger the number; ``"nested"``: recomputed together with
+            its neighbours, as ``Plan.segments`` says; or ``"offload"``: what it saves waits on the host, and travels as
+            ``Plan.offloads`` says.
         saved_bytes: Bytes it holds from forward to backward, its output included.
         peak_bytes: Most bytes at once while it runs forward or backward, above what earlier units hold; gradients that
             are there by then included.
@@ -73,13 +74,13 @@ class UnitPlan:
 
     @property
     def recompute(self) -> Recompute | None:
-        """How it is recomputed; None where it is kept."""
-        return None if self.option == KEEP else Recompute(self.mutated_buffers, self.chosen.saved_ops)
+        """How it is recomputed; None where it is not."""
+        return None if self.option in (KEEP, OFFLOAD) else Recompute(self.mutated_buffers, self.chosen.saved_ops)
 
     @property
     def alone(self) -> tuple[UnitOption, ...]:
         """The options that can be chosen whatever the neighbours do."""
-        return tuple(option for option in self.options if option.name != NESTED)
+        return tuple(option for option in self.options if option.name not in (NESTED, OFFLOAD))
 
 
 def read_unit(stored: dict[str, Any]) -> UnitPlan:
