@@ -6,13 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
 
 from gradkern.checkpoint._gpus import Gpu
 from gradkern.checkpoint._job import LOOP_BYTES, Job, Outcome
@@ -20,21 +13,12 @@ from gradkern.checkpoint._optimizer import OptimizerCost, measure_optimizer
 from gradkern.checkpoint._preserve import Generators, preserved
 from gradkern.checkpoint._profile import Trial
 from gradkern.checkpoint._search import fit, profile
-from gradkern.checkpoint._simulate import FakeCopies, NotSimulatedError, Simulation, block_bytes
+from gradkern.checkpoint._simulate import MetaCopies, Simulation, block_bytes
 from gradkern.checkpoint._units import unit_module
+from gradkern.checkpoint._valueless import NotSimulatedError, needs_values
 from gradkern.loss import Batch
 
 __all__ = ["search_elsewhere"]
-
-_NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    NotSimulatedError,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
-
-_MIXED = "convert all Tensors to FakeTensors"  # of torch, where one with values comes in, held by a closure perhaps
 
 
 def search_elsewhere(job: Job, gpu: Gpu, shards: int) -> Outcome:
@@ -45,13 +29,15 @@ def search_elsewhere(job: Job, gpu: Gpu, shards: int) -> Outcome:
     """
     before = Generators.now()
     try:
-        return _search_fake(job, gpu, shards)
-    except (*_NEEDS_VALUES, AssertionError) as error:
-        if isinstance(error, AssertionError) and _MIXED not in str(error):
+        return _search_without_values(job, gpu, shards)
+    except (NotSimulatedError, RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+        if not needs_values(error):
             raise
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     finally:
         before.restore()
+    from torch._subclasses.fake_tensor import FakeTensor  # lazy: it imports triton
+
     if any(tensor.device.type != "cpu" or isinstance(tensor, FakeTensor) for tensor in job.model.parameters()):
         raise ValueError(
             f"what this model runs depends on values or on tensors that are not its own ({reason}), so it cannot be "
@@ -62,9 +48,9 @@ def search_elsewhere(job: Job, gpu: Gpu, shards: int) -> Outcome:
     return _search_real(job, gpu, shards)
 
 
-def _search_fake(job: Job, gpu: Gpu, shards: int) -> Outcome:
-    """Search with copies of fake tensors."""
-    copies = FakeCopies()
+def _search_without_values(job: Job, gpu: Gpu, shards: int) -> Outcome:
+    """Search with copies on the meta device."""
+    copies = MetaCopies()
     model = copies.of(job.model)
     optimizer = None if job.optimizer is None else _as_on_gpu(copies.of(job.optimizer))
     batch = copies.of_batch(job.batch)
@@ -80,9 +66,8 @@ def _search_fake(job: Job, gpu: Gpu, shards: int) -> Outcome:
             if name in now and (now[name] is not buffer or buffer._version != version)
         ]
 
-    with copies.mode:
-        simulation = Simulation(gpu, shards, compares_bits=False)
-        return _search(job, simulation, model, batch, optimizer, changed_buffers, "")
+    simulation = Simulation(gpu, shards, compares_bits=False)
+    return _search(job, simulation, model, batch, optimizer, changed_buffers, "")
 
 
 def _search_real(job: Job, gpu: Gpu, shards: int) -> Outcome:

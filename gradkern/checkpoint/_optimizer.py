@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradkern.checkpoint._meter import Source
+from gradkern.checkpoint._valueless import needs_values
 
 __all__ = ["OptimizerCost", "measure_optimizer"]
 
@@ -58,7 +59,7 @@ def measure_optimizer(
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, copy.Error) as error:
-        if is_copy and type(error).__module__ == "torch._subclasses.fake_tensor":
+        if is_copy and needs_values(error):
             raise  # it asks for values, which the original has
         raise ValueError(
             f"a deep copy of this {type(optimizer).__name__} cannot step, so its memory cannot be measured by a dry "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from gradkern.checkpoint._gpus import Gpu
+from gradkern.checkpoint._valueless import tensors_in
 
 __all__ = ["operator_seconds"]
 
@@ -30,23 +30,10 @@ def operator_seconds(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], r
     packet = getattr(func, "overloadpacket", None)
     if packet in _NO_WORK:
         return 0.0
-    outputs = _tensors(result)
-    inputs = outputs if packet in _LOOKUPS else [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+    outputs = tensors_in(result)
+    inputs = outputs if packet in _LOOKUPS else [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
     count = flop_registry.get(packet)
     flops = 0.0 if count is None else float(count(*args, **kwargs, out_val=result))
     dtype = next((tensor.dtype for tensor in outputs), torch.float32)
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
     return max(flops / gpu.flops(dtype), nbytes / gpu.bytes_per_s)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """Tensors and lists of tensors among the arguments of an operator: it takes nothing deeper."""
-    if isinstance(values, Tensor):
-        return [values]
-    if not isinstance(values, (tuple, list)):
-        return []
-    found = [value for value in values if isinstance(value, Tensor)]
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            found += _tensors(value)
-    return found

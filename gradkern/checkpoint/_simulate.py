@@ -1,8 +1,9 @@
 """A GPU that is not here: its memory counted and its clock advanced by every operator that runs on stand-ins.
 
-The model, the batch and the optimizer are copied as *fake* tensors: shapes without values, said to be on the CPU
-because a build of torch without CUDA cannot run backward on fake CUDA tensors. What runs on them allocates what it
-would on the GPU, but for attention, which is sent to the kernels that CUDA would choose.
+The model, the batch and the optimizer are copied to the meta device: shapes without values, whose operators take
+microseconds. What runs on them allocates what it would on the GPU, but for attention, which is sent to the kernels that
+CUDA would choose. What the model makes on its way is made there too, whatever device it asks for; numbers on their own
+keep their values on the CPU, as they would beside a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -28,21 +28,16 @@ from gradkern.checkpoint._meter import Mark
 from gradkern.checkpoint._offload import Copy
 from gradkern.checkpoint._roofline import operator_seconds
 from gradkern.checkpoint._storages import dense_parts, storages_of, tensors_of
+from gradkern.checkpoint._valueless import META, NotSimulatedError, without_values
 
-__all__ = ["FakeCopies", "NotSimulatedError", "Simulation", "block_bytes"]
+__all__ = ["MetaCopies", "Simulation", "block_bytes"]
 
 # The caching allocator gives out multiples of this (kMinBlockSize in torch's c10/cuda/CUDACachingAllocator.cpp).
 _BLOCK_BYTES = 512
 
 _MOST_HEAD_DIM = 256  # of torch's flash attention
 
-_NOT_SIMULATED = {torch.ops.aten.mkldnn_rnn_layer.default}
-
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
-
-
-class NotSimulatedError(Exception):
-    """What runs cannot be simulated with tensors that have no values."""
 
 
 def _rounded(nbytes: int) -> int:
@@ -51,7 +46,7 @@ def _rounded(nbytes: int) -> int:
 
 def block_bytes(*roots: object) -> int:
     """Bytes of the storages behind ``roots``, each once, in blocks of the caching allocator."""
-    return sum(_rounded(storage.nbytes()) for storage in storages_of(*roots).values())
+    return sum(_rounded(storage.nbytes()) for storage in storages_of(*roots, places=("cpu", "meta")).values())
 
 
 class Simulation(TorchDispatchMode):
@@ -61,7 +56,7 @@ class Simulation(TorchDispatchMode):
         gpu: Whose clock and allocator.
         shards: Processes that parameters, gradients and optimizer state are spread over, as FSDP does: gradients of a
             unit shrink to their share when its backward is over.
-        compares_bits: Whether what runs has values; fake tensors have none.
+        compares_bits: Whether what runs has values; those on the meta device have none.
     """
 
     select_s = 0.0  # the host's work; a GPU that is kept busy does not wait for it
@@ -137,8 +132,8 @@ class Simulation(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _NOT_SIMULATED and not self.compares_bits:
-            raise NotSimulatedError(f"{func} saves a workspace whose size is not known without running it")
+        if not self.compares_bits:
+            args, kwargs = without_values(func, args, kwargs)
         result = func(*args, **kwargs)
         if self._is_paused:
             return result
@@ -258,13 +253,15 @@ class _SimulatedLink:
 
 @contextmanager
 def _gpu_attention() -> Iterator[None]:
-    """Send attention to the kernels that torch chooses on a GPU, for what they save for backward.
+    """Send attention to the kernels that torch chooses on a GPU, for what they save for backward; refuse recurrence.
 
-    The function itself is replaced while the block runs: a ``TorchFunctionMode`` is off inside ``Tensor.backward``,
-    where recomputation runs.
+    The functions themselves are replaced while the block runs: a ``TorchFunctionMode`` is off inside
+    ``Tensor.backward``, where recomputation runs.
     """
     with ExitStack() as stack:
         stack.enter_context(_replaced(nn.functional, "scaled_dot_product_attention", _attention))
+        for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            stack.enter_context(_replaced(torch._VF, name, partial(_recurrent, name)))
         masks = sys.modules.get("transformers.masking_utils")
         if hasattr(masks, "find_packed_sequence_indices"):
             # It looks at values to see that no sequences are packed, and without values takes it that some are.
@@ -309,22 +306,23 @@ def _attention(
     return _first(efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale))
 
 
+def _recurrent(name: str, *args: Any) -> None:
+    raise NotSimulatedError(f"{name} saves a workspace whose size is not known without running it")
+
+
 def _first(outputs: tuple[Tensor, ...]) -> Tensor:
     return outputs[0]
 
 
-class FakeCopies:
-    """Copies of a model and what belongs to it, of fake tensors; a tensor that they share is copied once."""
+class MetaCopies:
+    """Copies of a model and what belongs to it, without values; a tensor that they share is copied once."""
 
     def __init__(self) -> None:
-        # Tensors that are reached in other ways than through the copies are refused: backward would leave gradients
-        # without values on them.
-        self.mode = FakeTensorMode()
         self._memo: dict[int, Any] = {}
         self._originals: list[object] = []  # kept, for the memo is by identity
 
     def of(self, root: Any) -> Any:
-        """A deep copy of ``root`` whose tensors are fake."""
+        """A deep copy of ``root`` whose tensors have no values."""
         for tensor in tensors_of(root):
             self._enter(tensor)
         self._originals.append(root)
@@ -337,18 +335,17 @@ class FakeCopies:
             ) from error
 
     def of_batch(self, batch: Any) -> Any:
-        """A batch of fake tensors."""
+        """A batch without values."""
         return tree_map_only(Tensor, self._enter, batch)
 
     def _enter(self, tensor: Tensor) -> Tensor:
         known = self._memo.get(id(tensor))
         if known is None:
-            with self.mode:
-                known = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-                if isinstance(tensor, nn.Parameter):
-                    known = nn.Parameter(known, requires_grad=tensor.requires_grad)
-                elif tensor.requires_grad:
-                    known.requires_grad_()
+            known = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+            if isinstance(tensor, nn.Parameter):
+                known = nn.Parameter(known, requires_grad=tensor.requires_grad)
+            elif tensor.requires_grad:
+                known.requires_grad_()
             self._memo[id(tensor)] = known
             self._originals.append(tensor)
         return known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,13 +44,13 @@ def tensors_of(root: object) -> Iterator[Tensor]:
             pending.extend(item)
 
 
-def storages_of(*roots: object) -> dict[int, torch.UntypedStorage]:
-    """Return the CPU storages behind ``roots``, each once, keyed by identity."""
+def storages_of(*roots: object, places: Collection[str] = ("cpu",)) -> dict[int, torch.UntypedStorage]:
+    """Return the storages behind ``roots`` on devices of these types, each once, keyed by identity."""
     found: dict[int, torch.UntypedStorage] = {}
     for root in roots:
         for tensor in tensors_of(root):
             for part in dense_parts(tensor):
-                if part.device.type == "cpu":
+                if part.device.type in places:
                     storage = part.untyped_storage()
                     found[storage._cdata] = storage
     return found

@@ -52,11 +52,12 @@ def flat_view(tensor: torch.Tensor) -> torch.Tensor:
 def kernel_can_read(tensor: torch.Tensor) -> bool:
     """Whether kernels can walk the tensor's memory: a plain dense tensor of a dtype that they store.
 
-    Subclasses (DTensor and other wrappers) have no memory of their own.
+    Subclasses (DTensor and other wrappers) have no memory of their own, nor do tensors on the meta device.
     """
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.dtype in DTYPE_CODES
         and tensor.layout == torch.strided
+        and not tensor.is_meta
         and is_dense(tensor)
     )

@@ -48,6 +48,8 @@ def unavailable_reason(backend: str, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"native kernels run on the CPU, the tensors are on {device}"
         return _native.unavailable_reason()
+    if device.type == "meta":
+        return "tensors on the meta device have no memory for a kernel to read"
     reason = _triton_reason()
     if reason is not None:
         return reason

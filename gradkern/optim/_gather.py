@@ -348,12 +348,14 @@ class Gathering:
         names = [state.name for state in optimizer._states(group)]
         devices = {p.device for p in params}
         alike = len(devices) == 1 and {type(p) for p in params} <= {torch.Tensor, torch.nn.Parameter}
+        alike = alike and not params[0].is_meta
         plan.step_buffer = torch.zeros(len(params), device=params[0].device) if alike else None
         cells: Sequence[torch.Tensor]
         if plan.step_buffer is not None:
             cells = plan.step_buffer.unbind()
         else:
-            cells = [torch.tensor(0.0, device=p.device) for p in params]  # a fake tensor made so knows its number
+            # On the meta device a number would be lost; a fake tensor made so knows it.
+            cells = [torch.tensor(0.0, device="cpu" if p.is_meta else p.device) for p in params]
         states = dict(optimizer.state)
         for cell, param in zip(cells, params, strict=True):
             state = states.get(param)

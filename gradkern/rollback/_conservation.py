@@ -23,9 +23,9 @@ __all__ = ["Balance", "Shadows", "balance"]
 _ROUNDING_PER_STEP = 2 * 2.0**-24
 # Over one small parameter errors do not average out.
 _PARAMETER_SLACK = 10.0
-# The gradient of a bias is a sum over all tokens. Where that nearly cancels, what two orders of summing differ by goes by
-# what the other elements' sums are like, and Adam enlarges it along with what is left. Partial sums of n terms are like
-# the sum, and their n roundings add up at random to some sqrt(n / 3): of thousands of tokens one by one, so many.
+# The gradient of a bias is a sum over all tokens. Where that nearly cancels, what two orders of summing differ by goes
+# by what the other elements' sums are like, and Adam enlarges it along with what is left. Partial sums of n terms are
+# like the sum, and their n roundings add up at random to some sqrt(n / 3): of thousands of tokens one by one, so many.
 _SUM_ROUNDING = 32 * 2.0**-24
 
 
