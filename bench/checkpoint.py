@@ -25,7 +25,7 @@ from gradkern.testing import same_bits
 
 from .architectures import ARCHITECTURES, Architecture
 from .harness import Report, interleave
-from .plan_scale import any_length, nested, seventy_billion
+from .plan_scale import any_length, nested, offloading, seventy_billion
 from .planners import compare
 
 __all__ = ["run"]
@@ -48,6 +48,7 @@ def run(report: Report, rounds: int) -> None:
     for name in COMPARED:
         compare(report, name, ARCHITECTURES[name]())
     any_length(report)
+    offloading(report)
     seventy_billion(report)
 
 

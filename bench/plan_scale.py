@@ -1,4 +1,4 @@
-"""How far planning goes: nested schedules of long chains, a model of 70 billion parameters, batches of any length."""
+"""How far planning goes: nested schedules of long chains, a model of 70 billion parameters, any length, the host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gradkern.errors import BudgetExceededError
 
 from .harness import Report, interleave
 
-__all__ = ["any_length", "nested", "seventy_billion"]
+__all__ = ["any_length", "nested", "offloading", "seventy_billion"]
 
 STAGES = (100, 300)
 OPTIONS = 8
@@ -36,6 +36,16 @@ LLAMA_70B = {
     "intermediate_size": 28672,
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+# 16 of its 32 layers.
+LLAMA_8B_HALF = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
@@ -93,6 +103,29 @@ def seventy_billion(report: Report) -> None:
     report.add(case, "gradkern", "units", len(made.units), "")
     report.add(case, "gradkern", "modelled_peak", made.predicted_peak_bytes / 2**30, "GiB")
     report.add(case, "gradkern", "modelled_more_time", 100 * made.extra_s / made.step_s, "%")
+
+
+def offloading(report: Report) -> None:
+    """What waiting on the host saves of the time that recomputing adds; all of it modelled."""
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_8B_HALF)).to(torch.bfloat16)
+        ids = torch.zeros(2, 4096, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    optimizer = torch.optim.AdamW(model.parameters())
+    for gpu in ("H100", "RTX4090"):
+        make = partial(gk.checkpoint.plan, model, batch, optimizer=optimizer, gpu=gpu, shards=8)
+        free = make(budget="1000 GiB")
+        for share in (0.3, 0.6):
+            budget = free.least_feasible_bytes + int(share * (free.natural_peak_bytes - free.least_feasible_bytes))
+            without, made = make(budget=budget), make(budget=budget, offload=True)
+            case = f"half a llama 8B, {gpu}, modelled, {share:.0%} between least and natural"
+            report.add(case, "gradkern", "more_time_without_offload", 100 * without.extra_s / without.step_s, "%")
+            report.add(case, "gradkern", "more_time_with_offload", 100 * made.extra_s / made.step_s, "%")
+            report.add(case, "gradkern", "offloaded_units", len(made.offloads), "")
+            removed = 1 - made.extra_s / without.extra_s if without.extra_s else 0.0
+            report.add(case, "gradkern", "recompute_time_removed", 100 * removed, "%")
 
 
 def any_length(report: Report) -> None:
