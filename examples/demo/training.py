@@ -122,6 +122,7 @@ def rehearse(loop: Loop) -> tuple[gk.checkpoint.Peak[float], RecordingCost]:
         twin.step(step, None)
     natural = _measure(twin, STEPS_PER_SEGMENT - 1, None)
 
+    del twin
     return natural, RecordingCost(_recorded_peak(loop, None) - natural.peak_bytes)
 
 

@@ -132,6 +132,10 @@ def _as_on_gpu(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """
     optimizer.state.clear()
     for group in optimizer.param_groups:
+        if group.get("fused"):
+            group["fused"] = group["foreach"] = (
+                False  # the same state and no temporaries, on tensors without values too
+            )
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
     return optimizer

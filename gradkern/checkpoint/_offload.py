@@ -244,6 +244,7 @@ class _Parcel:
     def _travels(self, tensor: Tensor) -> bool:
         return (
             tensor.layout is torch.strided
+            and not tensor.is_nested
             and tensor.untyped_storage().nbytes() >= _LEAST_BYTES
             and tensor.untyped_storage()._cdata not in self._staying
             and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
@@ -270,7 +271,8 @@ class Route:
         """Run a unit, and send off what it saved."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         own = (*forward.module.parameters(), *forward.module.buffers())
-        link = next((self.link(tensor.device) for tensor in (*tensors, *own)), None)
+        links = (self.link(tensor.device) for tensor in (*tensors, *own))
+        link = next((each for each in links if each is not None), None)
         self._end(name)
         if link is None:
             return forward.run(*args, **kwargs)

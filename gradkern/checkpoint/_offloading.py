@@ -73,7 +73,7 @@ def traffic(
         begins_s = min(backward_s[at], back_s) - seconds
         fetched = [to for to in range(at + 1, len(names) + 1) if backward_s[to] <= begins_s]
         if not released or not fetched:
-            break  # later units have less time
+            continue
         found.append((at, released[0], fetched[0]))
         link_free_s, back_s = over_s + seconds, begins_s
     counts = sorted({-(-len(found) * each // _TRIES) for each in range(1, _TRIES + 1)} - {0}, reverse=True)

@@ -15,7 +15,16 @@ __all__ = ["operator_seconds"]
 _aten, _prim = torch.ops.aten, torch.ops.prim
 
 # No kernel runs: views whose schema does not say so, memory that is left as it is, and questions about a tensor.
-_NO_WORK = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _prim.device}
+_NO_WORK = {
+    _aten._unsafe_view,
+    _aten.empty,
+    _aten.empty_like,
+    _aten.empty_permuted,
+    _aten.empty_strided,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+    _prim.device,
+}
 
 _LOOKUPS = {_aten.embedding, _aten.index_select, _aten.gather, _aten.index}
 

@@ -61,7 +61,9 @@ def validate(
     made.remove(model)
     try:
         # A plan turns key/value caches off; so does one that recomputes nothing.
-        nothing = replace(made, segments=(), units=tuple(replace(unit, option=KEEP) for unit in made.units))
+        nothing = replace(
+            made, segments=(), offloads=(), units=tuple(replace(unit, option=KEEP) for unit in made.units)
+        )
         nothing.apply(model)
         try:
             plain = [measure_here(job)[1] for _ in range(2)]

@@ -14,7 +14,8 @@ META = torch.device("meta")
 _LIFT, _VALUE = torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default
 
 # What torch says where a tensor without values is asked for some.
-_NO_VALUES = "meta tensor", "meta device", "register_meta", "unallocated storage"
+# "autocast": it knows no such device.
+_NO_VALUES = "meta tensor", "meta device", "register_meta", "unallocated storage", "autocast", "unsupported scalartype"
 
 
 class NotSimulatedError(Exception):

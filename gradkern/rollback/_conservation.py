@@ -94,7 +94,9 @@ class Shadows:
         if index not in self._fresh:
             momentum.add_(self._gradients[index], alpha=update.grad_weight * multiplier)
         if momentum.dim() == 1:
-            self._step_rounding(index, update, multiplier, preconditioner)
+            # Sums of nothing but zeros have no rounding, and Adam divides them by eps.
+            moving = preconditioner[momentum != 0]
+            self._step_rounding(index, update, multiplier, moving)
         self._deltas[index].mul_(update.decay).addcmul_(preconditioner, momentum, value=-1)
 
     def _step_rounding(self, index: int, update: ParamStep, multiplier: float, preconditioner: torch.Tensor) -> None:

@@ -188,6 +188,14 @@ def test_the_link_is_never_waited_for(saved_bytes):
             assert backward[each.unit] >= free - 1e-9
 
 
+def test_a_unit_too_large_for_the_link_keeps_no_other_back():
+    names = [str(at) for at in range(12)]
+    measured = spans(1.0, 100)
+    measured[1] = spans(1.0, 10**6)[1]
+    (first, *_) = traffic(names, names, measured, 100.0)
+    assert len(first.offloads) > 5
+
+
 def test_nothing_travels_over_a_link_that_is_too_slow():
     names = [str(at) for at in range(12)]
     assert traffic(names, names, spans(1.0, 10**6), 100.0) == []

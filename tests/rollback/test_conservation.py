@@ -255,6 +255,22 @@ def test_holds_where_the_gradient_of_a_bias_nearly_cancels(tmp_path, seed):
     assert found.worst_ratio < 1
 
 
+def test_an_element_without_gradient_hides_nothing(tmp_path):
+    torch.manual_seed(0)
+    model, inputs, weights = nn.LayerNorm(8), torch.randn(64, 50, 8), torch.randn(64, 50, 8)
+    weights[..., 0] = 0
+    optimizer = gk.AdamW(model.parameters(), lr=1e-3)
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder:
+        for _ in range(3):
+            with recorder.batch(range(64)):
+                (model(inputs) * weights).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model.bias[1:] += 1e-3
+    assert gk.rollback.open(tmp_path / "run").conservation(model).worst_ratio > 100
+
+
 def test_fails_for_a_model_that_moved_after_the_recording(token_model, train):
     run = train(token_model, token_data())
     assert run.ledger().verify(token_model).passed
