@@ -133,9 +133,8 @@ def _as_on_gpu(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     optimizer.state.clear()
     for group in optimizer.param_groups:
         if group.get("fused"):
-            group["fused"] = group["foreach"] = (
-                False  # the same state and no temporaries, on tensors without values too
-            )
-        if group.get("foreach", False) is None and not group.get("fused"):
+            # It refuses tensors without values; one by one there are the same state and as few temporaries.
+            group.update(fused=False, foreach=False)
+        elif group.get("foreach", False) is None:
             group["foreach"] = True
     return optimizer

@@ -106,6 +106,15 @@ def _cuda_link(device: torch.device) -> CudaLink:
     return CudaLink(device)
 
 
+def _check_version(tensor: Tensor, version: int) -> None:
+    """Raise RuntimeError where a tensor was written since it was saved, which autograd cannot see behind hooks."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "a tensor that an offloaded unit saved for backward has been modified by an inplace operation since: it is "
+            f"at version {tensor._version}, expected {version}; plan without offload"
+        )
+
+
 class _Item:
     """Memory that travels: one storage, whatever the tensors on it."""
 
@@ -149,12 +158,8 @@ class _Item:
         return self._here
 
     def _check(self) -> None:
-        """Raise RuntimeError where the memory was written since it was saved, which autograd cannot see itself."""
-        if self._here is not None and self._here._version != self._version:
-            raise RuntimeError(
-                "a tensor that an offloaded unit saved for backward has been modified by an inplace operation since: "
-                f"it is at version {self._here._version}, expected {self._version}; plan without offload"
-            )
+        if self._here is not None:
+            _check_version(self._here, self._version)
 
 
 @dataclass(frozen=True)
@@ -183,11 +188,7 @@ class _Stayed:
 
     def tensor(self) -> Tensor:
         """The tensor, unless it was changed."""
-        if self.held._version != self.version:
-            raise RuntimeError(
-                "a tensor needed for the backward of an offloaded unit has been modified by an inplace operation: "
-                f"it is at version {self.held._version}, expected {self.version}"
-            )
+        _check_version(self.held, self.version)
         return self.held
 
 

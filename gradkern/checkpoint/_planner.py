@@ -150,11 +150,10 @@ def plan(
     simulated = None if gpu is None else find_gpu(gpu)
     check_arguments(model, optimizer, accumulate, recorder)
     _check_place(model, batch, optimizer, shards, is_here=simulated is None)
-    if offload and (simulated is None or shapes is not None):
-        which = (
-            "gpu=, for what is measured here has no host beside it" if simulated is None else "one length, not shapes="
-        )
-        raise ValueError(f"plan: offload=True needs {which}")
+    if offload and simulated is None:
+        raise ValueError("plan: offload=True needs gpu=, for what is measured here has no host beside it")
+    if offload and shapes is not None:
+        raise ValueError("plan: offload=True needs one length, not shapes=; plan for the longest")
     candidates = find_units(model, [units] if isinstance(units, str) else list(units))
     told = progress or _untold
     job = Job(model, batch, loss_fn, budget_bytes, optimizer, accumulate, recorder, candidates, told, offload=offload)

@@ -12,9 +12,9 @@ from gradkern.checkpoint._valueless import tensors_in
 
 __all__ = ["operator_seconds"]
 
-_aten, _prim = torch.ops.aten, torch.ops.prim
+_aten = torch.ops.aten
 
-# No kernel runs: views whose schema does not say so, memory that is left as it is, and questions about a tensor.
+# No kernel runs: views whose schema does not say so, and memory that is left as it is.
 _NO_WORK = {
     _aten._unsafe_view,
     _aten.empty,
@@ -23,7 +23,6 @@ _NO_WORK = {
     _aten.empty_strided,
     _aten.new_empty,
     _aten.new_empty_strided,
-    _prim.device,
 }
 
 _LOOKUPS = {_aten.embedding, _aten.index_select, _aten.gather, _aten.index}

@@ -229,6 +229,8 @@ def test_seconds_are_the_larger_of_arithmetic_and_traffic(dtype, rate):
     assert operator_seconds(matmul, (big, thin), {}, thin, H100) == pytest.approx((4096**2 + 8192) * size / 3.35e12)
     assert operator_seconds(add, (big, big), {}, big, H100) == pytest.approx(3 * 4096**2 * size / 3.35e12)
     rows = torch.empty(8, 4096, dtype=dtype, device="meta")
+    assert operator_seconds(torch.ops.aten._unsafe_view.default, (big, [-1]), {}, big.view(-1), H100) == 0
+    assert operator_seconds(torch.ops.aten.empty_like.default, (big,), {}, big, H100) == 0
     lookup = torch.ops.aten.embedding.default
     index = torch.empty(8, dtype=torch.long, device="meta")
     assert operator_seconds(lookup, (big, index), {}, rows, H100) == pytest.approx(2 * 8 * 4096 * size / 3.35e12)
@@ -255,6 +257,27 @@ def test_attention_is_put_back_when_planning_fails():
     with pytest.raises(ZeroDivisionError):
         plan(nn.Linear(2, 2), torch.zeros(2, 2), lambda y, x: 1 / 0, budget="1 GiB", gpu="H100")
     assert nn.functional.scaled_dot_product_attention is attention
+
+
+def test_a_fused_optimizer_is_simulated(mlp_case):
+    params = list(mlp_case.model.parameters())
+    none, fused = simulated(mlp_case), simulated(mlp_case, optimizer=torch.optim.AdamW(params, fused=True))
+    assert fused.fixed_bytes - none.fixed_bytes == pytest.approx(2 * sum(p.nbytes for p in params), rel=0.02)
+
+
+class CastsByDevice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(3)))
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.blocks(x)
+
+
+def test_autocast_for_the_device_of_a_tensor_runs_the_model():
+    made = plan(CastsByDevice(), torch.randn(64, 32), lambda y, _: y.square().mean(), budget="1 GiB", gpu="H100")
+    assert made.source == "simulated H100, run on real values"
 
 
 def test_our_optimizers_are_simulated_too(mlp_case):
