@@ -61,6 +61,26 @@ def test_gradients_are_the_same_bits(recompute, calls):
         assert equal(gradients(model, inputs, calls=calls), expected)
 
 
+class Gated(nn.Module):
+    """Saves three views of one storage, at different places in it, transposed too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        a, b, c = self.inner(x).chunk(3, dim=-1)
+        return self.outer(a * b.sigmoid() @ (c.t() @ c) / ROWS)
+
+
+def test_views_of_one_storage_come_back_where_they_were():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(*(Gated() for _ in range(5))), torch.randn(ROWS, WIDTH)
+    expected = gradients(model, inputs)
+    with offloaded(model):
+        assert equal(gradients(model, inputs), expected)
+
+
 def test_what_was_sent_does_not_take_memory_meanwhile():
     model, inputs = blocks(), torch.randn(ROWS, WIDTH)
     peaks = []
