@@ -90,10 +90,10 @@ def _by_operators(knapsack: Callable[..., Any]) -> Callable[[Profiled], list[Cho
             (name, op)
             for name in profiled.names
             for op in profiled.operators[name].operators[: profiled.operators[name].needed]
-            if op.held_bytes and op.seconds > 0
+            if op.held_bytes is not None and op.seconds > 0
         ]
-        total = sum(op.held_bytes or 0 for _, op in items)
-        memory = [(op.held_bytes or 0) / max(1, total) for _, op in items]
+        held_bytes = [max(1, op.held_bytes or 0) for _, op in items]  # torch divides by them
+        memory = [each / sum(held_bytes) for each in held_bytes]
         found = []
         for setting in range(SETTINGS + 1):
             _, saved, again = knapsack(memory, [op.seconds for _, op in items], setting / SETTINGS)

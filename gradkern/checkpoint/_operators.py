@@ -2,21 +2,23 @@
 
 A recomputed unit runs every operator again whose outputs were not held, up to the last tensor that backward needs
 (torch stops there). So the seconds that an option adds are a sum over operators and the bytes that it holds are one
-too, and for every price of a byte the best set is that of the operators whose seconds a byte are above it: those sets,
-one inside the other, are the lower convex hull of all sets. No cut through the graph does better, for torch runs an
-operator even where all who use its outputs were held.
+too: the sets that none beats in both are those of a knapsack. For every price of a byte the best is that of the
+operators whose seconds a byte are above it; those sets, one inside the other, are the lower convex hull of all, and few
+where a unit has few operators. No cut through the graph does better, for torch runs an operator even where all who use
+its outputs were held.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +32,12 @@ from gradkern.checkpoint._units import unit_module
 
 __all__ = ["Operator", "UnitOperators", "record_operators", "saving_sets"]
 
-# Of a unit, that differ in what they hold.
-_MOST_SETS = 12
+# Sets of a unit that has no equals. What lies between two sets, units that are equal fill by taking different ones, so
+# that of many fewer do.
+_MOST_SETS, _LEAST_SETS, _EQUALS = 48, 12, 6
+
+# Sets that are kept in mind while they are searched for.
+_MOST_STATES = 256
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,9 @@ class Operator:
         call: The operator, and which of its calls.
         outputs: Shape and dtype of every tensor it gave.
         seconds: How long it took.
-        held_bytes: Bytes that holding its outputs takes; None where they cannot be held: views, what is written in
-            place, and draws from a generator, which must be drawn again for those that follow.
+        held_bytes: Bytes that holding its outputs takes beyond what the unit returns, which is alive anyway. None where
+            they cannot be held: views, what is written in place, and draws from a generator, which must be drawn again
+            for those that follow.
     """
 
     call: OpCall
@@ -83,38 +90,71 @@ class UnitOperators:
 
 
 def saving_sets(alike: Sequence[UnitOperators], most_bytes: int) -> list[tuple[OpCall, ...]]:
-    """Sets of calls whose outputs to hold, one inside the next, of units that ran the same operators.
+    """Sets of calls whose outputs to hold, of units that ran the same operators, ascending by their bytes.
 
     Args:
         alike: The units; of each operator the median of its seconds counts.
         most_bytes: No set holds more.
 
     Returns:
-        Of the sets that are best for some price of a byte at most ``_MOST_SETS``, evenly by the bytes they hold, the
-        largest among them. Empty where nothing can be held.
+        Of the sets that none beats in both bytes and seconds some, evenly by their bytes: ``_MOST_SETS`` at most, fewer
+        where more units than ``_EQUALS`` share them; half of them such as are best for some price of a byte, where
+        there are so many. Empty where nothing can be held.
     """
+    most = max(_LEAST_SETS, min(_MOST_SETS, _MOST_SETS * _EQUALS // len(alike)))
     operators = alike[0].operators[: alike[0].needed]
     seconds = [statistics.median(unit.operators[at].seconds for unit in alike) for at in range(len(operators))]
-    holdable = [
-        (spent / max(1, op.held_bytes), at)
+    items = [
+        _Held(op.held_bytes, spent, (at,))
         for at, (op, spent) in enumerate(zip(operators, seconds, strict=True))
         if op.held_bytes is not None and spent > 0
     ]
-    held: list[int] = []
-    sets: list[tuple[int, tuple[OpCall, ...]]] = []
-    held_bytes = 0
     # Best first; equal ones in order of execution.
-    for _, at in sorted(holdable, key=lambda pair: (-pair[0], pair[1])):
-        held_bytes += operators[at].held_bytes or 0
-        if held_bytes > most_bytes:
-            break
-        held.append(at)
-        sets.append((held_bytes, tuple(operators[each].call for each in sorted(held))))
-    if not sets:
-        return []
-    wanted = [sets[-1][0] * step / _MOST_SETS for step in range(1, _MOST_SETS + 1)]
-    chosen = {bisect.bisect_left(sets, nbytes, key=lambda pair: pair[0]) for nbytes in wanted}
-    return [sets[at][1] for at in sorted(chosen)]
+    items.sort(key=lambda item: (-item.seconds / max(1, item.nbytes), item.calls))
+    hull = itertools.takewhile(lambda held: held.nbytes <= most_bytes, itertools.accumulate(items, _Held.with_))
+    chosen = _evenly(_unbeaten(hull), most // 2)
+    others = [held for held in _unbeaten([*chosen, *_knapsack(items, most_bytes)]) if held not in chosen]
+    sets = sorted([*chosen, *_evenly(others, most - len(chosen))])
+    return [tuple(operators[at].call for at in sorted(held.calls)) for held in sets]
+
+
+class _Held(NamedTuple):
+    """Operators whose outputs are held: bytes, the seconds that they spare, and their positions."""
+
+    nbytes: int
+    seconds: float
+    calls: tuple[int, ...]
+
+    def with_(self, other: _Held) -> _Held:
+        """Both."""
+        return _Held(self.nbytes + other.nbytes, self.seconds + other.seconds, self.calls + other.calls)
+
+
+def _knapsack(items: Sequence[_Held], most_bytes: int) -> list[_Held]:
+    """Sets of items that none beats in both bytes and seconds, of many some evenly by their bytes."""
+    sets = [_Held(0, 0.0, ())]
+    for item in items:
+        more = [held.with_(item) for held in sets if held.nbytes + item.nbytes <= most_bytes]
+        sets = _evenly(_unbeaten([*sets, *more]), _MOST_STATES)
+    return [held for held in sets if held.calls]
+
+
+def _unbeaten(sets: Iterable[_Held]) -> list[_Held]:
+    """Those that no other beats in both bytes and seconds, in ascending order."""
+    found: list[_Held] = []
+    for held in sorted(sets, key=lambda held: (held.nbytes, -held.seconds)):
+        if not found or held.seconds > found[-1].seconds:
+            found.append(held)
+    return found
+
+
+def _evenly(sets: Sequence[_Held], most: int) -> list[_Held]:
+    """At most so many of ``sets``, which ascend, evenly by their bytes, the last among them."""
+    if len(sets) <= most:
+        return list(sets)
+    wanted = [sets[-1].nbytes * step / most for step in range(1, most + 1)]
+    chosen = {bisect.bisect_left(sets, nbytes, key=lambda held: held.nbytes) for nbytes in wanted}
+    return [sets[at] for at in sorted(chosen)]
 
 
 def record_operators(
@@ -149,13 +189,21 @@ class _Recorder(TorchDispatchMode):
         self._operators: list[Operator] = []
         self._counts: Counter[str] = Counter()
         self._made_by: dict[int, int] = {}  # by storage, the position of the operator that made it
+        self._made: list[dict[int, int]] = []  # by position, bytes by storage
         self._storages: list[torch.UntypedStorage] = []  # kept alive, so that no two have one address
         self._needed = 0
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of a unit."""
         if self._unit is not None:
-            self.found[self._unit] = UnitOperators(tuple(self._operators), self._needed)
+            returned = {_storage_key(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)}
+            operators = [
+                op
+                if op.held_bytes is None
+                else replace(op, held_bytes=sum(made[key] for key in made.keys() - returned))
+                for op, made in zip(self._operators, self._made, strict=True)
+            ]
+            self.found[self._unit] = UnitOperators(tuple(operators), self._needed)
         self._unit = None
         self._storages = []
 
@@ -188,11 +236,12 @@ class _Recorder(TorchDispatchMode):
         for key in _written(func, args, kwargs):
             maker = self._made_by.get(key)
             if maker is not None:
-                self._operators[maker] = _not_held(self._operators[maker])
+                self._operators[maker] = replace(self._operators[maker], held_bytes=None)
         self._made_by.update(dict.fromkeys(made.keys() - inputs, len(self._operators)))
         self._storages.extend(made.values())
         is_draw = _draws(func, args, kwargs)
-        held_bytes = sum(storage.nbytes() for storage in made.values()) if is_fresh and not is_draw else None
+        self._made.append({key: storage.nbytes() for key, storage in made.items()})
+        held_bytes = sum(self._made[-1].values()) if is_fresh and not is_draw else None
         shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in outputs)
         self._operators.append(Operator(call, shapes, seconds, held_bytes))
 
@@ -206,10 +255,6 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
             given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
             return bool(given != 0.0)
     return True
-
-
-def _not_held(op: Operator) -> Operator:
-    return Operator(op.call, op.outputs, op.seconds, None)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:

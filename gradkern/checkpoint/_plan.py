@@ -185,27 +185,7 @@ class Plan:
             TypeError: ``budget`` is neither ``int`` nor ``str``.
             ValueError: ``budget`` does not parse or is not positive.
         """
-        budget_bytes = parse_bytes(budget)
-        costs, least_bytes = self._costs, self._least_bytes
-        capacity = min(budget_bytes - self.fixed_bytes, MOST_BYTES)
-        solution = None if capacity < self.floor_bytes else solve(costs, capacity, chain=fastest_chain())
-        if solution is None and (self.segments or self.offloads) and self.predicted_peak_bytes <= budget_bytes:
-            return replace(self, budget_bytes=budget_bytes)
-        if solution is None:
-            raise infeasible(budget_bytes, least_bytes, " without nesting or offloading, which this does not try")
-        peak_bytes = self.fixed_bytes + max(peak_of(costs, solution.choices), self.floor_bytes)
-        units = zip(self.units, solution.choices, strict=True)
-        return replace(
-            self,
-            budget_bytes=budget_bytes,
-            predicted_peak_bytes=peak_bytes,
-            modelled_peak_bytes=peak_bytes,
-            least_feasible_bytes=least_bytes,
-            gap=(solution.extra_s - solution.lower_bound_s) / (self.step_s + solution.lower_bound_s),
-            units=tuple(replace(unit, option=unit.alone[choice].name) for unit, choice in units),
-            segments=(),
-            offloads=(),
-        )
+        return choose(self, self._costs, parse_bytes(budget))
 
     def pareto(self, count: int = 40) -> list[tuple[int, float]]:
         """What budgets cost: (peak in bytes, seconds added), as modelled, the smallest peak first.
@@ -224,7 +204,7 @@ class Plan:
             raise TypeError(f"pareto: count must be an int, got {type(count).__name__}")
         if count < 2:
             raise ValueError(f"pareto: count must be at least 2, got {count}")
-        low = self._least_bytes
+        low = _least_bytes(self, self._costs)
         high = self.fixed_bytes + max(peak_of(self._costs, (0,) * len(self._costs)), self.floor_bytes)
         budgets = {low + (high - low) * at // (count - 1) for at in range(count)}
         plans = [self.for_budget(budget) for budget in sorted(budgets)]
@@ -354,14 +334,10 @@ class Plan:
         return [[option.cost for option in unit.alone] for unit in self.units]
 
     @functools.cached_property
-    def _least_bytes(self) -> int:
-        """The smallest peak without nesting, as modelled."""
-        return self.fixed_bytes + max(fastest_chain()(self._costs).least_capacity()[0], self.floor_bytes)
-
-    @functools.cached_property
     def _id(self) -> str:
-        """Tells plans apart, across processes."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Tells plans apart, across processes, by what they do and promise."""
+        chosen = replace(self, units=tuple(replace(unit, options=(unit.chosen,)) for unit in self.units))
+        return hashlib.sha256(json.dumps(asdict(chosen), sort_keys=True).encode()).hexdigest()
 
     def _recompute(self) -> dict[str, Recompute]:
         return {unit.name: unit.recompute for unit in self.units if unit.recompute is not None}
@@ -434,3 +410,41 @@ def infeasible(budget_bytes: int, least_feasible_bytes: int, how: str = "") -> P
         f"({format_bytes(least_feasible_bytes)}). Use a smaller batch or a larger budget",
         least_feasible_bytes=least_feasible_bytes,
     )
+
+
+def choose(plan: Plan, costs: list[list[Option]], budget_bytes: int) -> Plan:
+    """Choose for a budget as ``Plan.for_budget`` does, from costs that need not be those of the plan's options.
+
+    Args:
+        plan: What it says of bytes beside the units holds.
+        costs: Of every unit's options that can be chosen alone.
+        budget_bytes: Of the whole step.
+
+    Raises:
+        PlanInfeasibleError: No choice fits, as modelled.
+    """
+    least_bytes = _least_bytes(plan, costs)
+    capacity = min(budget_bytes - plan.fixed_bytes, MOST_BYTES)
+    solution = None if capacity < plan.floor_bytes else solve(costs, capacity, chain=fastest_chain())
+    if solution is None and (plan.segments or plan.offloads) and plan.predicted_peak_bytes <= budget_bytes:
+        return replace(plan, budget_bytes=budget_bytes)
+    if solution is None:
+        raise infeasible(budget_bytes, least_bytes, " without nesting or offloading, which this does not try")
+    peak_bytes = plan.fixed_bytes + max(peak_of(costs, solution.choices), plan.floor_bytes)
+    units = zip(plan.units, solution.choices, strict=True)
+    return replace(
+        plan,
+        budget_bytes=budget_bytes,
+        predicted_peak_bytes=peak_bytes,
+        modelled_peak_bytes=peak_bytes,
+        least_feasible_bytes=least_bytes,
+        gap=(solution.extra_s - solution.lower_bound_s) / (plan.step_s + solution.lower_bound_s),
+        units=tuple(replace(unit, option=unit.alone[choice].name) for unit, choice in units),
+        segments=(),
+        offloads=(),
+    )
+
+
+def _least_bytes(plan: Plan, costs: list[list[Option]]) -> int:
+    """The smallest peak without nesting, as modelled."""
+    return plan.fixed_bytes + max(fastest_chain()(costs).least_capacity()[0], plan.floor_bytes)

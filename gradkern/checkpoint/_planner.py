@@ -17,6 +17,8 @@ from gradkern.checkpoint._here import search_here
 from gradkern.checkpoint._job import HoldsBytes, Job, Outcome
 from gradkern.checkpoint._nesting import Nesting
 from gradkern.checkpoint._plan import Plan, infeasible
+from gradkern.checkpoint._recompute import OpCall
+from gradkern.checkpoint._search import SavingSets
 from gradkern.checkpoint._segments import Nest, names_in
 from gradkern.checkpoint._shapes import ShapePlans, cut, length_of
 from gradkern.checkpoint._storages import require_cpu, tensors_of
@@ -24,6 +26,9 @@ from gradkern.checkpoint._units import find_units
 from gradkern.loss import Batch, LossFn
 
 __all__ = ["check_arguments", "plan"]
+
+# Of a unit, where lengths between those measured are chosen for while a batch waits.
+_MOST_SETS = 24
 
 
 @overload
@@ -162,7 +167,7 @@ def plan(
     lengths = _checked_lengths(shapes, batch)
     # The longest first: what is worth holding there is measured at the others too.
     longest = _plan_one(job, simulated, shards)
-    sets = {unit.name: tuple(each.saved_ops for each in unit.options if each.saved_ops) for unit in longest.units}
+    sets = {unit.name: _some([each.saved_ops for each in unit.options if each.saved_ops]) for unit in longest.units}
     names = [unit.name for unit in longest.units]
     plans = [longest]
     for length in reversed(lengths[:-1]):
@@ -174,6 +179,12 @@ def plan(
             )
         plans.append(made)
     return ShapePlans(budget_bytes, tuple(lengths), tuple(reversed(plans)))
+
+
+def _some(sets: list[tuple[OpCall, ...]]) -> SavingSets:
+    """At most ``_MOST_SETS`` of them, the last among them."""
+    every = max(1, -(-len(sets) // _MOST_SETS))
+    return tuple(sets[::-1][::every][::-1])
 
 
 def _plan_one(job: Job, gpu: Gpu | None, shards: int) -> Plan:

@@ -240,9 +240,9 @@ def _measure_sets(
     """Measure what units with some outputs held need beyond plain ones, by position of kind and of set.
 
     Units of one kind try different sets in one cycle, so that a model of many equal units takes one cycle more. Where
-    there are more sets than that, some are not run: what they hold is less than the next larger one by the outputs that
-    they lack, and they need no more than that one at the peak. A cycle whose gradients are not those of ``kept`` counts
-    for nothing.
+    there are more sets than that, some are not run: they hold less than the next larger one that was run by what their
+    outputs have less, and are taken to need no more than that one at the peak. A cycle whose gradients are not those of
+    ``kept`` counts for nothing.
     """
     found: dict[tuple[int, int], Difference] = {}
     tries = {at: _spread(len(kind.sets), max(_LEAST_TRIES, len(kind.indices))) for at, kind in enumerate(kinds)}

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice, starmap
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gradkern.checkpoint._plan import Plan
-from gradkern.checkpoint._unit_plan import UnitOption, UnitPlan
+from gradkern.checkpoint._plan import Plan, choose
+from gradkern.checkpoint._solver import Option
+from gradkern.checkpoint._unit_plan import KEEP, UnitOption
 from gradkern.errors import PlanInfeasibleError
 from gradkern.loss import Batch
 
 __all__ = ["ShapePlans", "cut", "length_of"]
+
+_Floats = NDArray[np.float64]
+
+# Fields of a plan that change with the length.
+_TOTALS = ("natural_peak_bytes", "fixed_bytes", "floor_bytes")
 
 
 def length_of(batch: Batch) -> int:
@@ -65,12 +74,21 @@ class ShapePlans:
     lengths: tuple[int, ...]
     plans: tuple[Plan, ...]
     _chosen: dict[int, Plan] = field(default_factory=dict, repr=False, compare=False)
+    _costs: tuple[_Costs, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        near = [slice(first, first + 3) for first in range(max(1, len(self.lengths) - 2))]
+        object.__setattr__(self, "_costs", tuple(_Costs(self.lengths[three], self.plans[three]) for three in near))
 
     def at(self, length: int) -> Plan:
         """Choose for a length, in milliseconds.
 
         Args:
             length: From 1 to the largest that was measured; up to the smallest, that one's plan.
+
+        Returns:
+            The plan. Between lengths that were measured it names of each unit's options only the one chosen and
+            ``"keep"``, so that another budget is for ``plan(..., shapes=)`` and not for its ``for_budget``.
 
         Raises:
             TypeError: The length is no ``int``.
@@ -125,56 +143,72 @@ class ShapePlans:
         if above == 0 or self.lengths[above] == length:
             return self.plans[above]
         first = max(0, min(above - 1, len(self.lengths) - 3))
-        near = slice(first, first + 3)
-        costs = _between(self.lengths[near], self.plans[near], length)
         missing = max(0, *(plan.predicted_peak_bytes - plan.modelled_peak_bytes for plan in self.plans))
         try:
-            made = costs.for_budget(self.budget_bytes - missing)
+            made = self._costs[first].choose(length, self.budget_bytes - missing)
         except PlanInfeasibleError:
             return self.plans[above]  # which fits what is longer, nested perhaps
         return replace(made, budget_bytes=self.budget_bytes, predicted_peak_bytes=made.modelled_peak_bytes + missing)
 
 
-def _between(lengths: Sequence[int], plans: Sequence[Plan], length: int) -> Plan:
-    """The costs at a length, from those at two or three around it."""
-    above = bisect.bisect_left(lengths, length)
-    below = above - 1
-    share = (length - lengths[below]) / (lengths[above] - lengths[below])
+class _Costs:
+    """The costs of up to three lengths, and from them those of any between."""
 
-    def seconds(values: Sequence[float]) -> float:
-        return values[below] + (values[above] - values[below]) * share
+    def __init__(self, lengths: Sequence[int], plans: Sequence[Plan]) -> None:
+        self._lengths = lengths
+        # Of every unit the options that all lengths have, and of all of these one after the other what they cost.
+        units = []
+        measured: list[list[UnitOption]] = [[] for _ in plans]
+        for alike in zip(*(plan.units for plan in plans), strict=True):
+            known = [{_key(option): option for option in unit.alone} for unit in alike]
+            shared = [key for key in known[-1] if all(key in options for options in known)]
+            units.append(replace(alike[-1], option=KEEP, options=tuple(known[-1][key] for key in shared)))
+            for found, options in zip(measured, known, strict=True):
+                found.extend(options[key] for key in shared)
+        self._plan = replace(plans[-1], units=tuple(units), segments=(), offloads=())
+        self._bytes = np.array([[(each.saved_bytes, each.peak_bytes) for each in found] for found in measured], float)
+        self._extra_s = np.array([[each.extra_s for each in found] for found in measured])
+        self._unit_s = np.array([[(unit.forward_s, unit.backward_s) for unit in plan.units] for plan in plans])
+        self._totals = np.array([[getattr(plan, name) for name in _TOTALS] for plan in plans], float)
 
-    def nbytes(values: Sequence[int]) -> int:
-        return math.ceil(max(seconds(values), _parabola(lengths, values, length)))
+    def choose(self, length: int, budget_bytes: int) -> Plan:
+        """A plan for a length.
 
-    def option(measured: Sequence[UnitOption]) -> UnitOption:
-        return replace(
-            measured[-1],
-            saved_bytes=nbytes([each.saved_bytes for each in measured]),
-            peak_bytes=nbytes([each.peak_bytes for each in measured]),
-            extra_s=seconds([each.extra_s for each in measured]),
-        )
+        Raises:
+            PlanInfeasibleError: No choice fits, as modelled.
+        """
+        above = bisect.bisect_left(self._lengths, length)
+        below = above - 1
+        share = (length - self._lengths[below]) / (self._lengths[above] - self._lengths[below])
+        parabola = np.array(_parabola(self._lengths, length))
 
-    def unit(measured: Sequence[UnitPlan]) -> UnitPlan:
-        known = [{_key(each): each for each in plan.options} for plan in measured]
-        shared = [key for key in known[-1] if all(key in options for options in known)]
-        return replace(
-            measured[-1],
-            options=tuple(option([options[key] for options in known]) for key in shared),
-            forward_s=seconds([each.forward_s for each in measured]),
-            backward_s=seconds([each.backward_s for each in measured]),
-        )
+        def seconds(values: _Floats) -> _Floats:
+            found: _Floats = values[below] + (values[above] - values[below]) * share
+            return found
 
-    def of(read: Callable[[Plan], int]) -> int:
-        return nbytes([read(plan) for plan in plans])
+        def nbytes(values: _Floats) -> Any:
+            larger = np.maximum(seconds(values), np.tensordot(parabola, values, 1))
+            return np.ceil(larger).astype(np.int64).tolist()
 
-    return replace(
-        plans[-1],
-        natural_peak_bytes=of(lambda plan: plan.natural_peak_bytes),
-        fixed_bytes=of(lambda plan: plan.fixed_bytes),
-        floor_bytes=of(lambda plan: plan.floor_bytes),
-        units=tuple(unit(measured) for measured in zip(*(plan.units for plan in plans), strict=True)),
-    )
+        each = starmap(_cost, zip(nbytes(self._bytes), seconds(self._extra_s).tolist(), strict=True))
+        costs = [list(islice(each, len(unit.options))) for unit in self._plan.units]
+        timed = [
+            replace(unit, forward_s=forward_s, backward_s=backward_s)
+            for unit, (forward_s, backward_s) in zip(self._plan.units, seconds(self._unit_s).tolist(), strict=True)
+        ]
+        totals = dict(zip(_TOTALS, nbytes(self._totals), strict=True))
+        chosen = choose(replace(self._plan, **totals, units=tuple(timed)), costs, budget_bytes)
+        # Of hundreds of options a plan for one batch need not tell more than what was chosen and what it spares.
+        units = []
+        for unit, options in zip(chosen.units, costs, strict=True):
+            both = dict.fromkeys((unit.options[0], unit.chosen))
+            told = [replace(each, **options[unit.options.index(each)]._asdict()) for each in both]
+            units.append(replace(unit, options=tuple(told)))
+        return replace(chosen, units=tuple(units))
+
+
+def _cost(nbytes: tuple[int, int], extra_s: float) -> Option:
+    return Option(*nbytes, extra_s)
 
 
 def _key(option: UnitOption) -> Hashable:
@@ -182,10 +216,10 @@ def _key(option: UnitOption) -> Hashable:
     return option.saved_ops or option.name
 
 
-def _parabola(lengths: Sequence[int], values: Sequence[int], length: int) -> float:
-    """The value at a length of the polynomial through all (Lagrange)."""
-    total = 0.0
-    for at, value in zip(lengths, values, strict=True):
+def _parabola(lengths: Sequence[int], length: int) -> list[float]:
+    """What the polynomial through all takes of the value at each (Lagrange)."""
+    shares = []
+    for at in lengths:
         others = [other for other in lengths if other != at]
-        total += value * math.prod(length - other for other in others) / math.prod(at - other for other in others)
-    return total
+        shares.append(math.prod(length - other for other in others) / math.prod(at - other for other in others))
+    return shares

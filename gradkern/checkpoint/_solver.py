@@ -62,8 +62,7 @@ _ITERATIONS, _PATIENCE, _SMALLEST_STEP = 200, 12, 1e-5
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One way to run a unit.
 
     Attributes:

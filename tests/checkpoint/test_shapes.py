@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 
 import pytest
@@ -59,6 +60,7 @@ def test_a_length_between_is_predicted_closely(trained):
     for length in (24, 40, 48, 56):
         made = plans.at(length)
         assert made is plans.at(length)
+        assert all({option.name for option in unit.options} == {"keep", unit.option} for unit in made.units)
         case.batch = batch_of(length)
         made.apply(case.model)
         case.cycle(optimizer)
@@ -150,4 +152,4 @@ def test_a_length_that_runs_other_units_is_named():
 def test_the_parabola_is_exact_for_squares():
     lengths = [10, 20, 50]
     values = [7 + 3 * x + 2 * x * x for x in lengths]
-    assert _parabola(lengths, values, 33) == pytest.approx(7 + 3 * 33 + 2 * 33 * 33)
+    assert sum(map(operator.mul, _parabola(lengths, 33), values)) == pytest.approx(7 + 3 * 33 + 2 * 33 * 33)
