@@ -24,6 +24,8 @@ _MAX_BYTES = 2**63 - 1
 class CountingAllocator:
     """Counts the bytes of every CPU tensor allocated since it was installed. Made by ``load_allocator``."""
 
+    place = "cpu"
+
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         for name in ("live_bytes", "take_peak", "timeline", "refused_count"):
@@ -48,6 +50,10 @@ class CountingAllocator:
     def owns(self, storage: torch.UntypedStorage) -> bool:
         """Whether ``storage`` was allocated here, that is, whether ``live_bytes`` counts it."""
         return bool(self._library.gradkern_alloc_owns(storage._cdata))
+
+    def size_of(self, storage: torch.UntypedStorage) -> int:
+        """Bytes that ``live_bytes`` counts for a storage."""
+        return storage.nbytes()
 
     def start_recording(self) -> None:
         """Begin a new peak and timeline.

@@ -16,11 +16,14 @@ from torch.autograd.profiler import record_function
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from gradkern.checkpoint._allocator import CountingAllocator, load_allocator
+from gradkern.checkpoint._cuda import CudaMemory
 from gradkern.checkpoint._offload import Link, link_of
-from gradkern.checkpoint._storages import dense_parts
+from gradkern.checkpoint._storages import Memory, dense_parts
 from gradkern.errors import BackendUnavailableError
 
 __all__ = ["Machine", "Mark", "Meter", "Source", "interval_peak", "make_meter"]
+
+_CPU = torch.device("cpu")
 
 # Of an operator's calls, to find what selective checkpointing adds to one.
 _CALLS, _TIMED = 50, 5
@@ -46,7 +49,7 @@ class Meter(Protocol):
     The meter marks its own start and end, so the marks of a run without calls of ``mark`` are two.
     """
 
-    allocator: CountingAllocator | None
+    allocator: Memory | None
     marks: list[Mark]
     timeline: list[tuple[float, int]]
 
@@ -87,9 +90,16 @@ class Source(Protocol):
 
 
 class Machine:
-    """This machine's own memory and clock."""
+    """This machine's own memory and clock.
+
+    Args:
+        device: The CPU or a GPU, which is waited for before the clock is read.
+    """
 
     compares_bits = True
+
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._device = device
 
     @property
     def select_s(self) -> float:
@@ -97,11 +107,13 @@ class Machine:
         return _select_seconds()
 
     def meter(self) -> Meter:
-        """Return what counts CPU memory."""
-        return make_meter()
+        """Return what counts the device's memory."""
+        return make_meter(self._device)
 
     def clock(self) -> float:
         """Return a monotonic time."""
+        if self._device.type == "cuda":
+            CudaMemory(self._device).wait()
         return time.perf_counter()
 
     def link(self, device: torch.device) -> Link | None:
@@ -126,8 +138,10 @@ def _select_seconds() -> float:
     return 2 * max(0.0, least[True] - least[False]) / _CALLS
 
 
-def make_meter() -> Meter:
-    """Return a meter that uses the allocator hook where it is available, else the profiler."""
+def make_meter(device: torch.device = _CPU) -> Meter:
+    """Return a meter of a device: of the CPU the allocator hook where it is available, else the profiler."""
+    if device.type == "cuda":
+        return CudaMeter(device)
     try:
         return AllocatorMeter(load_allocator())
     except BackendUnavailableError:
@@ -146,7 +160,7 @@ class AllocatorMeter(_CountsAll):
     """Counts with the allocator hook: exact, and blind to nothing that torch allocates on the CPU."""
 
     def __init__(self, allocator: CountingAllocator) -> None:
-        self.allocator: CountingAllocator | None = allocator
+        self.allocator: Memory | None = allocator
         self._allocator = allocator
         self.marks: list[Mark] = []
         self.timeline: list[tuple[float, int]] = []
@@ -174,13 +188,51 @@ class AllocatorMeter(_CountsAll):
         self.marks.append(Mark(live, peak, time.perf_counter()))
 
 
+class CudaMeter:
+    """Counts as ``torch.cuda.memory`` does; every mark waits for the GPU.
+
+    The timeline holds the marks alone: of single allocations torch tells only with a history of all.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.allocator: Memory | None = CudaMemory(device)
+        self._memory = CudaMemory(device)
+        self.marks: list[Mark] = []
+        self.timeline: list[tuple[float, int]] = []
+
+    def __enter__(self) -> CudaMeter:
+        self._start_bytes = self._memory.live_bytes
+        self._memory.take_peak()
+        self.mark()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.mark()
+        self.timeline = [(mark.time_s - self.marks[0].time_s, mark.live_bytes) for mark in self.marks]
+
+    def mark(self) -> None:
+        """Close the current interval and begin the next."""
+        self._memory.wait()
+        live, peak = self._memory.live_bytes, self._memory.take_peak()
+        self.marks.append(Mark(live - self._start_bytes, peak - self._start_bytes, time.perf_counter()))
+
+    def bytes_of(self, tensor: Tensor) -> int:
+        """Bytes of the blocks of its dense parts."""
+        return sum(self._memory.size_of(part.untyped_storage()) for part in dense_parts(tensor))
+
+
 class ProfilerMeter(_CountsAll):
     """Counts by the allocation events of ``torch.profiler``: same bytes, slower, known only afterwards.
 
     Frees of blocks allocated before the meter started carry no size in torch's events and are not seen.
     """
 
-    allocator: CountingAllocator | None = None
+    allocator: Memory | None = None
 
     _MARK = "gradkern.mark"
 

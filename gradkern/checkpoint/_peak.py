@@ -12,8 +12,9 @@ from torch import nn
 
 from gradkern.checkpoint._allocator import load_allocator
 from gradkern.checkpoint._bytes import format_bytes, parse_bytes
+from gradkern.checkpoint._cuda import enforce_cuda
 from gradkern.checkpoint._meter import interval_peak, make_meter
-from gradkern.checkpoint._storages import live_bytes, require_cpu, tensors_of
+from gradkern.checkpoint._storages import device_of, live_bytes
 from gradkern.errors import BudgetExceededError
 
 __all__ = ["Peak", "enforce", "measure_peak"]
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Peak(Generic[T]):
-    """What a call needed in CPU tensor memory.
+    """What a call needed in tensor memory.
 
     Attributes:
         peak_bytes: Largest number of bytes alive at once, everything counted.
@@ -31,14 +32,15 @@ class Peak(Generic[T]):
         timeline: (seconds since the call began, live bytes), in order, the peak among them; at most 16384 samples
             with the hook, one for every allocation and free with the profiler.
         result: What the call returned.
-        source: ``"allocator"`` (the hook counted) or ``"profiler"`` (the hook is not available here).
+        source: ``"allocator"`` (the hook counted), ``"profiler"`` (the hook is not available here) or ``"cuda"``
+            (``torch.cuda.memory``; the timeline has its start and end alone).
     """
 
     peak_bytes: int
     start_bytes: int
     timeline: list[tuple[float, int]]
     result: T
-    source: Literal["allocator", "profiler"]
+    source: Literal["allocator", "profiler", "cuda"]
 
 
 def measure_peak(
@@ -47,13 +49,13 @@ def measure_peak(
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Peak[T]:
-    """Call ``fn`` and measure the peak of CPU tensor memory while it runs.
+    """Call ``fn`` and measure the peak of tensor memory while it runs: of the CPU, or of the GPU ``model`` is on.
 
     With the allocator hook every CPU tensor made since the hook was installed counts, whoever holds it;
     tensors that are older (it is installed on first use) are found by walking ``model`` and ``optimizer``.
     If ``fn`` frees such older tensors, the peak is an upper bound. Without the hook the same allocations
     are read from ``torch.profiler`` and what was alive before is only what ``model`` and ``optimizer``
-    hold.
+    hold. On CUDA it is what ``torch.cuda.memory_allocated`` counts, tensors in blocks of 512 bytes.
 
     Args:
         fn: Called once, without arguments, in this thread; what other threads allocate meanwhile counts too.
@@ -65,7 +67,7 @@ def measure_peak(
 
     Raises:
         TypeError: ``fn`` is not callable.
-        ValueError: ``model`` or ``optimizer`` holds tensors outside CPU memory.
+        ValueError: ``model`` or ``optimizer`` holds tensors on another device than the CPU or one GPU.
         RuntimeError: Called while another peak is being measured.
 
     Example:
@@ -75,9 +77,8 @@ def measure_peak(
     """
     if not callable(fn):
         raise TypeError(f"measure_peak: fn must be callable without arguments, got {type(fn).__name__}")
-    for root in (model, optimizer):
-        require_cpu("measure_peak", tensors_of(root))
-    meter = make_meter()
+    device = device_of("measure_peak", model, optimizer)
+    meter = make_meter(device)
     start_bytes = live_bytes(meter.allocator, model, optimizer)
     with meter:
         result = fn()
@@ -86,7 +87,7 @@ def measure_peak(
         start_bytes=start_bytes,
         timeline=[(seconds, start_bytes + nbytes) for seconds, nbytes in meter.timeline],
         result=result,
-        source="profiler" if meter.allocator is None else "allocator",
+        source="cuda" if device.type == "cuda" else "profiler" if meter.allocator is None else "allocator",
     )
 
 
@@ -97,11 +98,12 @@ def enforce(
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[None]:
-    """Cap CPU tensor memory, so that a CPU behaves like an accelerator with ``budget`` bytes.
+    """Cap tensor memory, so that a CPU behaves like an accelerator with ``budget`` bytes, or a GPU like a smaller one.
 
     Inside the block an allocation that would raise the live bytes (counted as by ``measure_peak``) above the
     budget fails with ``torch.OutOfMemoryError``; if that error leaves the block it becomes a
-    ``BudgetExceededError``. The cap ends with the block, and nothing but the failed call is disturbed.
+    ``BudgetExceededError``. The cap ends with the block, and nothing but the failed call is disturbed. Where ``model``
+    is on a GPU, the cap is one of torch's caching allocator there, for which gaps between blocks count too.
 
     Args:
         budget: Bytes, or text that ``parse_bytes`` reads.
@@ -113,15 +115,19 @@ def enforce(
         BudgetExceededError: Already over the budget on entry, or an allocation in the block failed.
         RuntimeError: Entered inside another ``enforce``.
         TypeError: ``budget`` is neither ``int`` nor ``str``.
-        ValueError: ``budget`` does not parse or is not positive, or a tensor lies outside CPU memory.
+        ValueError: ``budget`` does not parse or is not positive, or tensors lie on another device than the CPU or
+            one GPU.
 
     Example:
         >>> with enforce("2 GiB"):
         ...     total = torch.ones(1000).sum()
     """
     budget_bytes = parse_bytes(budget)
-    for root in (model, optimizer):
-        require_cpu("enforce", tensors_of(root))
+    device = device_of("enforce", model, optimizer)
+    if device.type == "cuda":
+        with enforce_cuda(budget_bytes, device):
+            yield
+        return
     allocator = load_allocator()
     if allocator.cap_bytes is not None:
         raise RuntimeError("a budget is being enforced already; enforce cannot be nested: leave the outer one")

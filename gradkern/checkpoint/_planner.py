@@ -21,7 +21,7 @@ from gradkern.checkpoint._recompute import OpCall
 from gradkern.checkpoint._search import SavingSets
 from gradkern.checkpoint._segments import Nest, names_in
 from gradkern.checkpoint._shapes import ShapePlans, cut, length_of
-from gradkern.checkpoint._storages import require_cpu, tensors_of
+from gradkern.checkpoint._storages import device_of
 from gradkern.checkpoint._units import find_units
 from gradkern.loss import Batch, LossFn
 
@@ -89,7 +89,7 @@ def plan(
 
     The peak is that of a step in its steady state: parameters, buffers, optimizer state (also where it does
     not exist yet), gradients, what is saved for backward, what operators need for a moment, the optimizer's
-    own step, the batch, and whatever other CPU tensors the process holds now and the allocator hook counts.
+    own step, the batch, and whatever other tensors the process holds there now and the allocator counts.
     Costs are measured by running the model on ``batch``: a handful of forward and backward passes, and the
     optimizer on a deep copy of itself. The chosen plan is run too; what it was measured to need is
     ``predicted_peak_bytes``. Longer or larger batches need a plan of their own.
@@ -101,7 +101,7 @@ def plan(
     output kept across ``backward``, gradients kept by ``zero_grad(set_to_none=False)``, evaluation batches.
 
     Args:
-        model: On the CPU (on any device with ``gpu``), with no plan applied.
+        model: On the CPU or on a CUDA device (on any device with ``gpu``), with no plan applied.
         batch: One micro-batch of the largest shape; see ``gradkern.loss.compute_loss``.
         loss_fn: ``(output, target) -> scalar``; None where the model computes its loss.
         budget: Bytes, or text that ``parse_bytes`` reads.
@@ -118,7 +118,8 @@ def plan(
             seconds are the larger of arithmetic and memory traffic at the rates of the data sheet: modelled, not
             measured. Gradients cannot be compared without values, nor units that do not repeat be found: ``validate``
             does on the machine that trains. Where what runs depends on values, or on tensors that are neither the
-            model's nor the batch's, the model itself runs. None measures here, on the CPU.
+            model's nor the batch's, the model itself runs. None measures here: CPU memory by the allocator hook, a
+            GPU's as ``torch.cuda.memory_allocated`` counts it.
         shards: With ``gpu``: processes that parameters, gradients and optimizer state are spread over, as by FSDP. Two
             units and what is in no unit are whole at a time; communication takes no time.
         offload: With ``gpu``: what units save may also wait in the memory of the host, as much of it as the link
@@ -138,10 +139,11 @@ def plan(
         TypeError: An argument is of the wrong type.
         ValueError: ``budget`` does not parse or is not positive, ``gpu`` is not known, a pattern in ``units`` matches
             nothing, ``accumulate`` or ``shards`` is below 1, ``shards`` or ``offload`` is given without ``gpu``,
-            ``offload`` with ``shapes``, a tensor lies outside CPU memory, the loss has no gradient, a unit runs in some
-            passes only though the global generators start alike, what runs depends on values that a model without them
-            lacks, or the optimizer needs a closure or cannot step as a deep copy (one with attributes of its own, which
-            copies of ``torch.optim.Optimizer`` lack): plan with ``optimizer=None`` then and leave room for its state.
+            ``offload`` with ``shapes``, tensors lie on another device than the CPU or one GPU, the loss has no
+            gradient, a unit runs in some passes only though the global generators start alike, what runs depends on
+            values that a model without them lacks, or the optimizer needs a closure or cannot step as a deep copy (one
+            with attributes of its own, which copies of ``torch.optim.Optimizer`` lack): plan with ``optimizer=None``
+            then and leave room for its state.
 
     Example:
         >>> blocks = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(4)]
@@ -250,8 +252,8 @@ def _check_place(
         raise ValueError(f"plan: shards must be at least 1, got {shards}")
     if is_here and shards > 1:
         raise ValueError(f"plan: shards={shards} needs gpu=, for what is measured here is one process; name the GPU")
-    for root in (model, batch, optimizer) if is_here else ():
-        require_cpu("plan", tensors_of(root))
+    if is_here:
+        device_of("plan", model, batch, optimizer)
 
 
 def _together(nesting: Nesting | None) -> tuple[Nest, ...]:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradkern.checkpoint._allocator import CountingAllocator
-from gradkern.checkpoint._storages import storages_of
+from gradkern.checkpoint._storages import Memory, storages_of
 
 __all__ = ["Generators", "Preserved", "preserved", "same_bits"]
 
@@ -37,11 +36,12 @@ class Preserved:
             param: (param.grad, param.grad.detach().clone()) for param in model.parameters() if param.grad is not None
         }
 
-    def held_bytes(self, allocator: CountingAllocator) -> int:
+    def held_bytes(self, allocator: Memory) -> int:
         """Bytes that ``allocator`` counts now and would not in a normal step."""
         grads = [tensor for pair in self.grads.values() for tensor in pair]
-        held = storages_of([self.generators.torch_state, *self.buffers.values(), *grads]).values()
-        return sum(storage.nbytes() for storage in held if allocator.owns(storage))
+        aside = [self.generators.torch_state, *self.buffers.values(), *grads]
+        held = storages_of(aside, places=(allocator.place,)).values()
+        return sum(allocator.size_of(storage) for storage in held if allocator.owns(storage))
 
     def changed_buffers(self) -> list[str]:
         """Names of the buffers, still there, whose tensor or bits are not those that were put aside."""
@@ -92,11 +92,15 @@ class Generators:
         cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(torch.get_rng_state(), cuda_states, random.getstate(), np.random.get_state(legacy=False))  # noqa: NPY002
 
-    def restore(self) -> None:
-        """Set them back."""
+    def restore_torch(self) -> None:
+        """Set those of torch back."""
         torch.set_rng_state(self.torch_state)
         if self.cuda_states:
             torch.cuda.set_rng_state_all(self.cuda_states)
+
+    def restore(self) -> None:
+        """Set all of them back."""
+        self.restore_torch()
         random.setstate(self.python_state)
         np.random.set_state(self.numpy_state)  # noqa: NPY002
 

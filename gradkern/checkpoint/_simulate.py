@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,31 +23,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from gradkern.checkpoint._allocator import CountingAllocator
 from gradkern.checkpoint._gpus import Gpu
 from gradkern.checkpoint._meter import Mark
 from gradkern.checkpoint._offload import Copy
 from gradkern.checkpoint._roofline import operator_seconds
-from gradkern.checkpoint._storages import dense_parts, storages_of, tensors_of
+from gradkern.checkpoint._storages import Memory, dense_parts, rounded, storages_of, tensors_of
 from gradkern.checkpoint._valueless import META, NotSimulatedError, without_values
 
 __all__ = ["MetaCopies", "Simulation", "block_bytes"]
-
-# The caching allocator gives out multiples of this (kMinBlockSize in torch's c10/cuda/CUDACachingAllocator.cpp).
-_BLOCK_BYTES = 512
 
 _MOST_HEAD_DIM = 256  # of torch's flash attention
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 
-def _rounded(nbytes: int) -> int:
-    return -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
-
-
 def block_bytes(*roots: object) -> int:
     """Bytes of the storages behind ``roots``, each once, in blocks of the caching allocator."""
-    return sum(_rounded(storage.nbytes()) for storage in storages_of(*roots, places=("cpu", "meta")).values())
+    return sum(rounded(storage.nbytes()) for storage in storages_of(*roots, places=("cpu", "meta")).values())
 
 
 class Simulation(TorchDispatchMode):
@@ -66,6 +59,7 @@ class Simulation(TorchDispatchMode):
         self.gpu = gpu
         self.shards = shards
         self.compares_bits = compares_bits
+        self._is_autocast_told = False
         self.live_bytes = 0
         self.peak_bytes = 0
         self.seconds = 0.0
@@ -118,7 +112,7 @@ class Simulation(TorchDispatchMode):
         for grad in self._whole_gradients:
             key = grad.untyped_storage()._cdata
             size = self._sizes.get(key, 0)
-            share = _rounded(-(-grad.untyped_storage().nbytes() // self.shards))
+            share = rounded(-(-grad.untyped_storage().nbytes() // self.shards))
             if share < size:
                 self._sizes[key] = share
                 self.live_bytes -= size - share
@@ -134,6 +128,7 @@ class Simulation(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.compares_bits:
             args, kwargs = without_values(func, args, kwargs)
+            self._note_autocast()
         result = func(*args, **kwargs)
         if self._is_paused:
             return result
@@ -151,12 +146,22 @@ class Simulation(TorchDispatchMode):
             self.seconds += operator_seconds(func, args, kwargs, result, self.gpu)
         return result
 
+    def _note_autocast(self) -> None:
+        """Say so where a cast is expected that nothing does on the meta device."""
+        if not self._is_autocast_told and any(map(torch.is_autocast_enabled, ("cuda", "cpu"))):
+            self._is_autocast_told = True
+            warnings.warn(
+                "torch.autocast has no effect in a simulation, so bytes and seconds are those of the dtypes that the "
+                "model has; give it the dtype that it computes in",
+                stacklevel=2,
+            )
+
     def _note_output(self, output: Tensor) -> None:
         for part in dense_parts(output):
             storage = part.untyped_storage()
             key = storage._cdata
             if key not in self._sizes:
-                size = _rounded(storage.nbytes())
+                size = rounded(storage.nbytes())
                 self._sizes[key] = size
                 self._references[key] = weakref.ref(storage, partial(self._note_free, key))
                 self.live_bytes += size
@@ -182,7 +187,7 @@ class Simulation(TorchDispatchMode):
 class SimulatedMeter:
     """Live bytes of a simulation between marks."""
 
-    allocator: CountingAllocator | None = None
+    allocator: Memory | None = None
 
     def __init__(self, simulation: Simulation) -> None:
         self._simulation = simulation

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gradkern.checkpoint._allocator import CountingAllocator
-
-__all__ = ["dense_parts", "live_bytes", "require_cpu", "storages_of", "tensors_of"]
+__all__ = ["Memory", "dense_parts", "device_of", "live_bytes", "rounded", "storages_of", "tensors_of"]
 
 _CONTAINERS = (list, tuple, set, frozenset)
+
+# CUDA's caching allocator gives out multiples of this (kMinBlockSize in torch's c10/cuda/CUDACachingAllocator.cpp).
+_BLOCK_BYTES = 512
+
+
+class Memory(Protocol):
+    """What counts the bytes of tensors."""
+
+    place: str
+    """Type of the device whose tensors it counts."""
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes alive now."""
+
+    def owns(self, storage: torch.UntypedStorage) -> bool:
+        """Whether ``live_bytes`` counts it."""
+
+    def size_of(self, storage: torch.UntypedStorage) -> int:
+        """Bytes that it counts for it."""
+
+
+def rounded(nbytes: int) -> int:
+    """Bytes of the block that CUDA's caching allocator gives out for so many."""
+    return -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def tensors_of(root: object) -> Iterator[Tensor]:
@@ -56,7 +79,7 @@ def storages_of(*roots: object, places: Collection[str] = ("cpu",)) -> dict[int,
     return found
 
 
-def live_bytes(allocator: CountingAllocator | None, *roots: object) -> int:
+def live_bytes(allocator: Memory | None, *roots: object) -> int:
     """Count the bytes alive now.
 
     Args:
@@ -64,21 +87,26 @@ def live_bytes(allocator: CountingAllocator | None, *roots: object) -> int:
             were not allocated by torch. None: the storages behind ``roots`` alone.
         roots: Models, optimizers, batches; None is ignored.
     """
-    storages = storages_of(*roots).values()
     if allocator is None:
-        return sum(storage.nbytes() for storage in storages)
-    unseen = sum(storage.nbytes() for storage in storages if not allocator.owns(storage))
-    return allocator.live_bytes + unseen
+        return sum(storage.nbytes() for storage in storages_of(*roots).values())
+    storages = storages_of(*roots, places=(allocator.place,)).values()
+    return allocator.live_bytes + sum(allocator.size_of(each) for each in storages if not allocator.owns(each))
 
 
-def require_cpu(caller: str, tensors: Iterable[Tensor]) -> None:
-    """Raise ValueError unless every tensor is in CPU memory."""
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            raise ValueError(
-                f"{caller} measures CPU memory, got a tensor on {tensor.device}; move the model to the CPU, "
-                "the only device supported in this version"
-            )
+def device_of(caller: str, *roots: object) -> torch.device:
+    """The device whose memory counts for ``roots``: the GPU they are on, scalars on the CPU aside, or the CPU.
+
+    Raises:
+        ValueError: They are on two GPUs, or on something else.
+    """
+    devices = {tensor.device for root in roots for tensor in tensors_of(root)} - {torch.device("cpu")}
+    wrong = next((device for device in devices if device.type != "cuda" or len(devices) > 1), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{caller} measures the memory of the CPU or of one CUDA device, got tensors on "
+            f"{', '.join(sorted(map(str, devices)))}; move the model to one of those"
+        )
+    return devices.pop() if devices else torch.device("cpu")
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from gradkern.checkpoint._preserve import same_bits
+from gradkern.checkpoint._preserve import Generators, same_bits
 from gradkern.checkpoint._recompute import buffers_replaced, refuse_cache
 from gradkern.checkpoint._units import WHOLE_MODEL, unit_module
 
@@ -103,8 +102,10 @@ class _Repeat:
         """Forward pre-hook."""
         refuse_cache(args, kwargs)
         buffers = dict(module.named_buffers(remove_duplicate=False))
-        with torch.random.fork_rng(devices=[]), buffers_replaced(module, buffers):
+        generators = Generators.now()
+        with buffers_replaced(module, buffers):
             self._outputs = _tensors(module.forward(*args, **kwargs))
+        generators.restore_torch()
         self._python_state, self._numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     def compare(self, module: nn.Module, args: Any, output: Any) -> None:

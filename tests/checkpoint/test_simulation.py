@@ -280,6 +280,18 @@ def test_autocast_for_the_device_of_a_tensor_runs_the_model():
     assert made.source == "simulated H100, run on real values"
 
 
+class Casts(CastsByDevice):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.blocks(x)
+
+
+def test_autocast_that_does_nothing_is_told_once():
+    with pytest.warns(UserWarning, match="has no effect in a simulation") as told:
+        plan(Casts(), torch.randn(64, 32), lambda y, _: y.square().mean(), budget="1 GiB", gpu="H100")
+    assert len(told) == 1
+
+
 def test_our_optimizers_are_simulated_too(mlp_case):
     params = sum(p.nbytes for p in mlp_case.model.parameters())
     none, ours = simulated(mlp_case), simulated(mlp_case, optimizer=gk.AdamW(mlp_case.model.parameters()))
