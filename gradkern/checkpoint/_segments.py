@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from gradkern.checkpoint._preserve import same_bits
 from gradkern.checkpoint._recompute import Recompute, RecomputedForward, buffers_replaced, refuse_cache
 
 __all__ = ["Nest", "SegmentedForward", "make_segments", "names_in"]
@@ -77,13 +79,17 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Call:
-    """One unit as it was called, ready to be called again."""
+    """One unit as it was called, ready to be called again.
+
+    Attributes:
+        cpu_state: The generator's; None where the call before leaves it so, which saves 5 kB a unit.
+    """
 
     name: str
     forward: SegmentedForward
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    cpu_state: Tensor
+    cpu_state: Tensor | None
     device_states: tuple[list[int], list[Tensor]]
     autocast: list[tuple[str, dict[str, Any]]]
     parameters: tuple[tuple[int, int], ...]
@@ -124,6 +130,7 @@ class _Run:
         self._expected: list[_Expected] = []
         self._found: dict[int, Tensor | _Handle] = {}
         self._outputs: list[_Output | None] = []
+        self._state_after: Tensor | None = None
 
     def follows(self, name: str) -> bool:
         """Whether this unit is the next of the segment."""
@@ -136,10 +143,11 @@ class _Run:
 
     def call(self, forward: SegmentedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a unit without holding what autograd saves."""
-        self.calls.append(_recorded(forward, args, kwargs, self._outputs))
+        self.calls.append(_recorded(forward, args, kwargs, self._outputs, self._state_after))
         with saved_tensors_hooks(self._pack, _unpack):
             output = forward.run(*args, **kwargs)
         self._outputs = [] if self.is_complete else [_Output.of(leaf) for leaf in tree_leaves(output)]
+        self._state_after = None if self.is_complete else torch.get_rng_state()
         return output
 
     def tensor(self, index: int) -> Tensor:
@@ -200,9 +208,12 @@ class _Run:
 
         for _ in names_in(nest):
             call = next(calls)
-            # What flows into the first must be there when this runs again.
-            args, kwargs = (call.args, call.kwargs) if inner.calls else _filled(call, outputs, hold=True)
-            inner.calls.append(replace(call, args=args, kwargs=kwargs))
+            if not inner.calls:
+                # What flows into the first must be there when this runs again.
+                args, kwargs = _filled(call, outputs, hold=True)
+                state = torch.get_rng_state() if call.cpu_state is None else call.cpu_state
+                call = replace(call, args=args, kwargs=kwargs, cpu_state=state)
+            inner.calls.append(call)
             with saved_tensors_hooks(pack, _never):
                 outputs = _called(call, outputs)
         return outputs
@@ -264,9 +275,13 @@ def make_segments(nests: Sequence[Nest]) -> dict[str, _Segment]:
 
 
 def _recorded(
-    forward: SegmentedForward, args: tuple[Any, ...], kwargs: dict[str, Any], former: list[_Output | None]
+    forward: SegmentedForward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    former: list[_Output | None],
+    state_after: Tensor | None,
 ) -> _Call:
-    """Write down a call before it runs."""
+    """Write down a call before it runs; ``former`` and ``state_after`` are what the call before it left."""
 
     def held(tensor: Tensor) -> _Former | _Held:
         for at, output in enumerate(former):
@@ -275,12 +290,15 @@ def _recorded(
         return _Held(tensor.detach(), tensor._version, tensor.requires_grad)
 
     values = tree_leaves((args, kwargs))
+    state = torch.get_rng_state()
+    with _disable_current_modes():  # in a simulation this is no work of the GPU
+        follows = state_after is not None and same_bits(state_after, state)
     return _Call(
         name=forward.name,
         forward=forward,
         args=tree_map_only(Tensor, held, args),
         kwargs=tree_map_only(Tensor, held, kwargs),
-        cpu_state=torch.get_rng_state(),
+        cpu_state=None if follows else state,
         device_states=get_device_states(*values),
         autocast=_autocast_now({leaf.device.type for leaf in values if isinstance(leaf, Tensor)}),
         parameters=forward.parameters(),
@@ -292,7 +310,8 @@ def _called(call: _Call, former: list[Any]) -> list[Any]:
     """Run a call again and return the leaves of what comes out, cut off from the graph."""
     args, kwargs = _filled(call, former, hold=False)
     call.forward.check_parameters(call.parameters)
-    torch.set_rng_state(call.cpu_state)
+    if call.cpu_state is not None:
+        torch.set_rng_state(call.cpu_state)
     if call.device_states[0]:
         set_device_states(*call.device_states)
     with ExitStack() as stack:

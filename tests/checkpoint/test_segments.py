@@ -384,3 +384,41 @@ def test_a_failed_step_holds_nothing_for_good():
     gc.collect()
     assert measure_peak(lambda: None, model=model).start_bytes <= first
     hook.remove()
+
+
+class Draws(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.dropout(torch.tanh(self.linear(x)), 0.5)
+
+
+@pytest.mark.parametrize("nest", [("0", "1", "2", "3"), ("0", ("1", "2"), "3"), (("0", ("1", "2", "3")),)])
+@pytest.mark.parametrize("loop_draws", [False, True])
+def test_states_of_the_generator_are_held_where_they_do_not_follow(nest, loop_draws):
+    torch.manual_seed(0)
+    model = nn.ModuleList([Draws() for _ in range(4)])
+    x = torch.randn(8, 4)
+
+    def run():
+        torch.manual_seed(3)
+        y = x
+        for at, unit in enumerate(model):
+            y = unit(y)
+            if loop_draws and at == 1:
+                y = y + torch.rand_like(y)
+        return y.square().sum()
+
+    def states():
+        held = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.dtype is torch.uint8]
+        return sum(each.numel() == torch.get_rng_state().numel() for each in held)
+
+    expected = torch.autograd.grad(run(), list(model.parameters()))
+    apply_recompute(model, {name: Recompute() for name in "0123"}, (nest,), plan_id="test")
+    before = states()
+    loss = run()
+    assert states() - before == 1 + loop_draws
+    assert all(map(same_bits, torch.autograd.grad(loss, list(model.parameters())), expected))
+    remove_recompute(model)
