@@ -9,7 +9,7 @@ import torch
 
 from .harness import Report
 
-SUITES = ("accumulate", "checkpoint", "cycle", "gpu", "policies", "state8", "state8_loss", "step", "train")
+SUITES = ("accumulate", "checkpoint", "cycle", "gpu", "policies", "rollback", "state8", "state8_loss", "step", "train")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "GradkernError",
     "LedgerError",
     "PlanInfeasibleError",
+    "UnstableInfluenceError",
 ]
 
 
@@ -41,3 +42,15 @@ class PlanInfeasibleError(GradkernError):
 
 class LedgerError(GradkernError):
     """A rollback ledger is missing, damaged, already there, or belongs to another model."""
+
+
+class UnstableInfluenceError(GradkernError):
+    """Influence grew on its way back to the first step instead of fading: what an estimator found is noise.
+
+    Attributes:
+        growth: Of each query, the norm at the first step over that at the last; above 1, or NaN, where it failed.
+    """
+
+    def __init__(self, message: str, *, growth: tuple[float, ...]) -> None:
+        super().__init__(message)
+        self.growth = growth

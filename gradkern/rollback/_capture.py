@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from types import MethodType
 from typing import Any, Protocol
 
@@ -47,6 +49,10 @@ class Sink(Protocol):
         """
         ...
 
+    def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
+        """Take what the output layer gave and its gradient, shape ``(..., classes)``, before its factors."""
+        ...
+
     def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
         """Take a Linear's or Conv1D's output gradient and its sum over all tokens."""
         ...
@@ -56,7 +62,11 @@ class Sink(Protocol):
         ...
 
     def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
-        """Take a LayerNorm's normalised input and output gradient, features flattened to one dimension."""
+        """Take a norm's normalised input and output gradient, features flattened to one dimension, the last."""
+        ...
+
+    def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor) -> None:
+        """Take a grouped convolution's gradients of every row of the input, and their sum."""
         ...
 
 
@@ -192,6 +202,108 @@ class _LayerNorm(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+class _Scale(torch.autograd.Function):
+    """``weight * normalised``: what is trained of an RMSNorm."""
+
+    @staticmethod
+    def forward(ctx: Any, normalised: Tensor, weight: Tensor, layer: OwnedLayer, sink: Sink) -> Tensor:
+        ctx.layer, ctx.sink = layer, sink
+        ctx.save_for_backward(normalised, weight)
+        return weight * normalised
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        normalised, weight = ctx.saved_tensors
+        input_grad = grad * weight if ctx.needs_input_grad[0] else None
+        weight_grad = (grad * normalised).sum_to_size(weight.shape)
+        dims = weight.dim()
+        ctx.sink.take_norm(ctx.layer, normalised.flatten(-dims), grad.flatten(-dims))
+        return input_grad, weight_grad, None, None
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Group normalisation with a weight and a bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, layer: OwnedLayer, sink: Sink
+    ) -> Tensor:
+        ctx.layer, ctx.sink, ctx.groups = layer, sink, groups
+        input = input.contiguous()
+        ctx.sizes = input.shape[0], input.shape[1], input.shape[2:].numel()
+        normed: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_group_norm(
+            input, weight, bias, *ctx.sizes, groups, eps
+        )
+        output, mean, rstd = normed
+        ctx.save_for_backward(input, weight, mean, rstd)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, rstd = ctx.saved_tensors
+        grad = grad.contiguous()
+        grads = torch.ops.aten.native_group_norm_backward(
+            grad, input, mean, rstd, weight, *ctx.sizes, ctx.groups, list(ctx.needs_input_grad[:3])
+        )
+        normalised = (input.reshape(len(input), ctx.groups, -1) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+        channels_last = normalised.reshape(ctx.sizes).transpose(1, 2), grad.reshape(ctx.sizes).transpose(1, 2)
+        ctx.sink.take_norm(ctx.layer, *channels_last)
+        return *grads, None, None, None, None
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution over one to three dimensions, with zeros around its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: Sequence[int],
+        layer: OwnedLayer,
+        sink: Sink,
+    ) -> Tensor:
+        ctx.layer, ctx.sink, ctx.padding = layer, sink, padding
+        ctx.geometry = layer.module.stride, padding, layer.module.dilation, False, [0] * len(padding)
+        ctx.save_for_backward(input, weight)
+        output: Tensor = torch.ops.aten.convolution(input, weight, bias, *ctx.geometry, layer.module.groups)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        module, needs = ctx.layer.module, list(ctx.needs_input_grad[:3])
+        sizes = [weight.shape[0]] if needs[2] else None
+        grads = torch.ops.aten.convolution_backward(grad, input, weight, sizes, *ctx.geometry, module.groups, needs)
+        rows = grad.flatten(2).transpose(1, 2)
+        if needs[1]:
+            columns = _windows(input, module.kernel_size, module.stride, ctx.padding, module.dilation)
+            if module.groups == 1:
+                ctx.sink.take_matrix(ctx.layer, rows, columns.flatten(2), grads[1])
+            else:
+                grouped = rows.unflatten(2, (module.groups, -1)), columns.unflatten(2, (module.groups, -1)).flatten(3)
+                ctx.sink.take_vectors(ctx.layer, torch.einsum("nlgo,nlgk->ngok", *grouped), grads[1])
+        if needs[2]:
+            ctx.sink.take_bias(ctx.layer, rows, grads[2])
+        return *grads, None, None, None
+
+
+def _windows(
+    input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What a convolution sees at each place: shape ``(N, places, channels, kernel)``."""
+    found = F.pad(input, [each for size in reversed(padding) for each in (size, size)])
+    dims = len(kernel)
+    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        found = found.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
+    places_first = found.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    return places_first.flatten(2 + dims).flatten(1, dims)
+
+
 def _save_factors(ctx: Any, input: Tensor, weight: Tensor) -> None:
     """Save what autograd would: the input for the weight's gradient, the weight for the input's."""
     ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
@@ -199,7 +311,11 @@ def _save_factors(ctx: Any, input: Tensor, weight: Tensor) -> None:
 
 def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     _forbid_autocast(layer, input)
-    return _apply(_Linear, input, layer.module.weight, layer.module.bias, layer, sink)
+    output = _apply(_Linear, input, layer.module.weight, layer.module.bias, layer, sink)
+    if layer.is_output and output.requires_grad:
+        # Of the values, not of the output itself, which the hook would keep alive as long as itself.
+        output.register_hook(partial(sink.take_logits, layer, output.detach()))
+    return output
 
 
 def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:
@@ -218,11 +334,41 @@ def _layer_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     return _apply(_LayerNorm, input, module.weight, module.bias, module.normalized_shape, module.eps, layer, sink)
 
 
+def _rms_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
+    _forbid_autocast(layer, input)
+    module: Any = layer.module
+    eps = module.eps if isinstance(module, nn.RMSNorm) else module.variance_epsilon
+    return _apply(_Scale, F.rms_norm(input, module.weight.shape, None, eps), module.weight, layer, sink)
+
+
+def _group_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
+    _forbid_autocast(layer, input)
+    module = layer.module
+    return _apply(_GroupNorm, input, module.weight, module.bias, module.num_groups, module.eps, layer, sink)
+
+
+def _convolution(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
+    _forbid_autocast(layer, input)
+    module: Any = layer.module
+    # Of every dimension, the last one first: what is added before and after.
+    sides = list(zip(*[iter(module._reversed_padding_repeated_twice)] * 2, strict=True))
+    padding = tuple(min(pair) for pair in reversed(sides))
+    if module.padding_mode != "zeros":
+        input, padding = F.pad(input, list(chain(*sides)), mode=module.padding_mode), (0,) * len(sides)
+    elif any(before != after for before, after in sides):
+        # Of "same" padding one side may be longer, which torch, too, adds to a copy of the input.
+        input = F.pad(input, [each - min(pair) for pair in sides for each in pair])
+    return _apply(_Convolution, input, module.weight, module.bias, padding, layer, sink)
+
+
 _FORWARDS: dict[LayerKind, Callable[..., Any]] = {
     LayerKind.LINEAR: _linear,
     LayerKind.CONV1D: _conv1d,
     LayerKind.EMBEDDING: _embedding,
     LayerKind.LAYER_NORM: _layer_norm,
+    LayerKind.RMS_NORM: _rms_norm,
+    LayerKind.GROUP_NORM: _group_norm,
+    LayerKind.CONVOLUTION: _convolution,
 }
 
 

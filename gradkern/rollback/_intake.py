@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradkern.errors import LedgerError
 from gradkern.rollback._conservation import Shadows
+from gradkern.rollback._curvature import curvature_weights, measure_bends
 from gradkern.rollback._fidelity import Fidelity, embedding_fidelity, matrix_fidelity, vector_fidelity
 from gradkern.rollback._ownership import OwnedLayer, Ownership
 from gradkern.rollback._records import EmbeddingRecord, MatrixRecord, Record, VectorRecord
@@ -25,16 +26,27 @@ class Visits:
         ids: The sample ids of each micro-batch.
         records: ``(stream, record)``; a record's ``visit`` counts from the first row of ``ids``.
         fidelity: ``(stream, comparison)`` for the samples that were compared exactly.
+        bends: Numbers of visits, and what :func:`~gradkern.rollback._curvature.measure_bends` found for them.
     """
 
     ids: list[Tensor] = field(default_factory=list)
     records: list[tuple[int, Record]] = field(default_factory=list)
     fidelity: list[tuple[int, Fidelity]] = field(default_factory=list)
+    bends: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def count(self) -> int:
         """Number of visits."""
         return sum(len(ids) for ids in self.ids)
+
+    def curvature(self) -> Tensor:
+        """The curvature weight of every visit, fp32; NaN where none was found."""
+        sums = torch.full((self.count, 2), torch.nan, dtype=torch.float64)
+        for numbers, _ in self.bends:
+            sums[numbers] = 0.0
+        for numbers, bends in self.bends:
+            sums.index_add_(0, numbers, bends.cpu())
+        return curvature_weights(sums)
 
     def nbytes(self) -> int:
         """Bytes of all records."""
@@ -62,7 +74,8 @@ class Intake:
                 parameter = ownership.parameters[stream.parameter]
                 # A private generator: recording must not move the run's random numbers.
                 generator = torch.Generator().manual_seed(index)
-                start = torch.randn(min(rank, *parameter.shape), parameter.shape[1], generator=generator)
+                rows, columns = parameter.flatten(1).shape
+                start = torch.randn(min(rank, rows, columns), columns, generator=generator)
                 self._starts[index] = start.to(parameter.device)
         self.paused = False
         self._ids: Tensor | None = None
@@ -121,6 +134,11 @@ class Intake:
         if self._compare:
             self._visits.fidelity.append((layer.weight, matrix_fidelity(rows[0], columns[0], record)))
 
+    def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
+        """See :class:`gradkern.rollback._capture.Sink`."""
+        bends = measure_bends(self._per_sample(layer, logits), self._per_sample(layer, grad))
+        self._visits.bends.append((self._visit_numbers(layer), bends))
+
     def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         if layer.bias is None:
@@ -129,6 +147,14 @@ class Intake:
         # full steps; only the same rounding leads to the same parameter.
         self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
         self._add_vector(layer, layer.bias, self._per_sample(layer, grad).sum(dim=1))
+
+    def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor) -> None:
+        """See :class:`gradkern.rollback._capture.Sink`."""
+        if layer.weight is None:
+            return
+        grads = self._per_sample(layer, grads.flatten(1)).sum(dim=1)
+        self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
+        self._add_vector(layer, layer.weight, grads)
 
     def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""

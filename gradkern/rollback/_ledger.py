@@ -12,19 +12,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gradkern.errors import LedgerError
+from gradkern.errors import LedgerError, UnstableInfluenceError
 from gradkern.loss import Batch, LossFn, compute_loss
 from gradkern.rollback._audit import RecordAudit
 from gradkern.rollback._conservation import Balance, balance
-from gradkern.rollback._direct import direct_scores
 from gradkern.rollback._layout import digest_parameters
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._store import StoreReader
+from gradkern.rollback._sweep import NoCurvatureError, sweep
 from gradkern.rollback._verify import Check, VerifyReport, compression
 
 __all__ = ["Influence", "Ledger", "Scores", "open_ledger"]
 
-_ESTIMATORS = ("direct",)
+# By estimator and mode, the share of the curvature that later steps are taken to have reacted with.
+_CURVATURE = {("direct", "run"): 0.0, ("ref", "run"): 1.0, ("ref", "expected"): 0.5}
+
+# Of influence on its way back to the first step. It fades in a sound run, to a tenth in a few hundred steps, and stays
+# where it is in a run of a few; where the estimator fails it grows twentyfold and more.
+_MOST_GROWTH = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +47,11 @@ class Influence:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The influence of every recorded sample on a query.
+    """The influence of every recorded sample on a query, or on each of several.
 
     Attributes:
         ids: Different sample ids, ascending, int64, shape ``(samples,)``.
-        scores: As :attr:`Influence.score`, fp64, shape ``(samples,)``.
+        scores: As :attr:`Influence.score`, fp64, shape ``(samples,)``; ``(queries, samples)`` for a list of queries.
     """
 
     ids: torch.Tensor
@@ -100,7 +105,8 @@ class Ledger:
         k: int = 10,
         *,
         loss_fn: LossFn | None = None,
-        estimator: str = "direct",
+        estimator: str | None = None,
+        mode: str = "run",
     ) -> list[Influence]:
         """Name the training samples that lowered a query's loss most.
 
@@ -110,37 +116,71 @@ class Ledger:
             query: A batch, see :func:`gradkern.loss.compute_loss`.
             k: Most samples to return.
             loss_fn: ``(output, target) -> scalar``; any scalar function of the output works.
-            estimator: ``"direct"``: what the sample's own recorded steps did, without how later steps reacted.
+            estimator: ``"ref"``: what the sample's own recorded steps did and how later steps reacted to it, by the
+                reweighted empirical Fisher matrix of their samples; for losses that are a cross-entropy.
+                ``"direct"``: without the reaction. None takes ``"ref"``, and with a warning ``"direct"`` where the
+                ledger lacks what ``"ref"`` needs.
+            mode: ``"run"``: what would have become of this very run, same order and same start. ``"expected"``: of
+                runs like it on average, by half of the reaction; ``"ref"`` alone.
 
         Returns:
             At most ``k`` influences, the most helpful first.
 
         Raises:
-            ValueError: ``k`` is below 1, or ``estimator`` is unknown.
-            LedgerError: ``model`` is another model or has other parameter values, or a file is damaged.
+            ValueError: ``k`` is below 1, there is no such ``estimator`` or ``mode``, or the loss depends on no recorded
+                parameter.
+            LedgerError: ``model`` is another model or has other parameter values, a file is damaged, or the ledger
+                lacks what the estimator that was asked for needs.
+            UnstableInfluenceError: Influence grew on its way back to the first step; what ``"ref"`` found is noise.
+
+        Numerics:
+            fp32 sums over the parameters in host memory, fp64 over steps. The preconditioner is smoothed to rows and
+            columns: to raise the agreement with retraining, not to save bytes alone.
         """
         if k < 1:
             raise ValueError(f"explain: k must be at least 1, got {k}")
-        found = self._score(model, query, loss_fn, estimator)
+        found = self._score(model, [query], loss_fn, estimator, mode)
         # Stable: of equal scores the smaller id comes first, whatever k is.
-        scores, positions = found.scores.sort(descending=True, stable=True)
+        scores, positions = found.scores[0].sort(descending=True, stable=True)
         best = zip(found.ids[positions[:k]].tolist(), scores[:k].tolist(), strict=True)
         return [Influence(id, score) for id, score in best]
 
     def scores(
-        self, model: nn.Module, query: Batch, *, loss_fn: LossFn | None = None, estimator: str = "direct"
+        self,
+        model: nn.Module,
+        query: Batch | list[Batch],
+        *,
+        loss_fn: LossFn | None = None,
+        estimator: str | None = None,
+        mode: str = "run",
     ) -> Scores:
         """Score every recorded sample; arguments and errors as for :meth:`explain`.
 
         Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
-        recorded parameter's size.
-        """
-        return self._score(model, query, loss_fn, estimator)
+        recorded parameter's size for each query.
 
-    def _score(self, model: nn.Module, query: Batch, loss_fn: LossFn | None, estimator: str) -> Scores:
+        Args:
+            model: See there; likewise what follows.
+            query: A batch, or a list of batches to score for each.
+            loss_fn: See there.
+            estimator: See there.
+            mode: See there.
+        """
+        if not isinstance(query, list):
+            found = self._score(model, [query], loss_fn, estimator, mode)
+            return Scores(found.ids, found.scores[0])
+        if not query:
+            raise ValueError("scores: the list of queries is empty, expected at least one batch")
+        return self._score(model, query, loss_fn, estimator, mode)
+
+    def _score(
+        self, model: nn.Module, queries: list[Batch], loss_fn: LossFn | None, estimator: str | None, mode: str
+    ) -> Scores:
         """One call below :meth:`explain` and :meth:`scores` alike, so that warnings point at the user's line."""
-        if estimator not in _ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(map(repr, _ESTIMATORS))}, got {estimator!r}")
+        asked_for = "ref" if estimator is None else estimator
+        if (asked_for, mode) not in _CURVATURE:
+            known = ", ".join(f"estimator={each!r} with mode={other!r}" for each, other in _CURVATURE)
+            raise ValueError(f"there are {known}; got estimator={asked_for!r} with mode={mode!r}")
         parameters = self._layout.trained_parameters(model)
         self._require_recorded_values(parameters)
         owned = {
@@ -148,9 +188,20 @@ class Ledger:
             for index, (info, parameter) in enumerate(zip(self._layout.parameters, parameters, strict=True))
             if info.owned
         }
-        gradients = _query_gradients(model, owned, query, loss_fn)
-        ids, scores = direct_scores(self._layout, gradients, self._segments_from_last())
-        return Scores(ids, scores)
+        each = [_query_gradients(model, owned, query, loss_fn) for query in queries]
+        gradients = {index: torch.stack([gradient[index] for gradient in each]) for index in owned}
+        curvature = _CURVATURE[asked_for, mode]
+        try:
+            found = sweep(self._layout, gradients, self._segments_from_last(), curvature)
+        except NoCurvatureError as error:
+            if estimator is not None or mode != "run":
+                raise
+            warnings.warn(f"{error}, whose scores these are", stacklevel=3)
+            curvature = _CURVATURE["direct", mode]
+            found = sweep(self._layout, gradients, self._segments_from_last(), curvature)
+        if curvature:
+            _require_fading(found.growth)
+        return Scores(found.ids, found.scores)
 
     def conservation(self, model: nn.Module) -> Balance:
         """Recompute how well the recorded changes add up to the model's, from the files and the model.
@@ -289,11 +340,29 @@ def _query_gradients(
     """Gradient of the query's loss by parameter, in host memory; zero where it does not depend on one."""
     with _eval_mode(model), torch.enable_grad():
         loss = compute_loss(model, query, loss_fn)
-        gradients = torch.autograd.grad(loss, list(owned.values()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, list(owned.values()), allow_unused=True) if loss.requires_grad else ()
+    if not any(gradient is not None for gradient in gradients):
+        raise ValueError(
+            "the query's loss depends on no recorded parameter, so no sample can have influenced it; pass a loss that "
+            "is computed from the model's output, with gradients enabled"
+        )
     return {
         index: torch.zeros(parameter.shape) if gradient is None else gradient.detach().cpu().contiguous()
         for (index, parameter), gradient in zip(owned.items(), gradients, strict=True)
     }
+
+
+def _require_fading(growth: torch.Tensor) -> None:
+    """Raise where influence got larger on its way back."""
+    failed = ~(growth <= _MOST_GROWTH)
+    if bool(failed.any()):
+        raise UnstableInfluenceError(
+            f"influence grew {float(growth[failed].nan_to_num(torch.inf).max()):.3g}-fold on its way from the last "
+            f"step to the first ({int(failed.sum())} of {len(growth)} queries; it should fade), so that scores of "
+            "estimator='ref' would be noise: steps were too large for the curvature of the loss. Use "
+            "estimator='direct', or record a run with a smaller learning rate",
+            growth=tuple(growth.tolist()),
+        )
 
 
 @contextmanager

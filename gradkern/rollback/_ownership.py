@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 
@@ -22,6 +22,9 @@ class LayerKind(Enum):
     CONV1D = "Conv1D"
     EMBEDDING = "Embedding"
     LAYER_NORM = "LayerNorm"
+    RMS_NORM = "RMSNorm"
+    GROUP_NORM = "GroupNorm"
+    CONVOLUTION = "Conv1d, Conv2d or Conv3d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class OwnedLayer:
         weight: Index of the weight's stream, or None when the weight is not recorded.
         bias: Index of the bias's stream, or None.
         shared_input: True for an embedding whose ids are the same for all samples.
+        is_output: True for the Linear whose outputs are taken to be the logits.
     """
 
     name: str
@@ -43,6 +47,7 @@ class OwnedLayer:
     weight: int | None
     bias: int | None
     shared_input: bool
+    is_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ def claim(
     trained: Iterable[torch.Tensor],
     unowned: Sequence[str],
     shared_inputs: Sequence[str],
+    output: str | None = None,
 ) -> Ownership:
     """Work out which parameters are recorded, and through which layers.
 
@@ -73,6 +79,7 @@ def claim(
         trained: The optimizer's parameters; others are left alone.
         unowned: Patterns of parameter names to leave out.
         shared_inputs: Patterns of names of embeddings whose ids are shared by all samples.
+        output: Name of the Linear whose outputs are logits; None takes the last one.
 
     Raises:
         ValueError: Nothing to record; a parameter that no captured layer holds and ``unowned`` does not name;
@@ -110,7 +117,7 @@ def claim(
     embeddings = {name: module for name, module, kind in candidates if kind is LayerKind.EMBEDDING}
     shared = _matching(embeddings, shared_inputs, "shared_inputs", "embedding")
     for name, module, kind in candidates:
-        weight = stream(name, module._parameters.get("weight"), _WEIGHT_STREAM[kind])
+        weight = stream(name, module._parameters.get("weight"), _weight_stream(module, kind))
         bias = stream(name, module._parameters.get("bias"), "vector")
         if weight is None and bias is None:
             continue
@@ -120,10 +127,11 @@ def claim(
     if unclaimed:
         raise ValueError(
             f"record: no per-sample gradient can be captured for {_listed(unclaimed)}; captured are the "
-            f"parameters of Linear, Embedding, LayerNorm and transformers' Conv1D. Pass "
-            f"unowned={unclaimed!r} (patterns allowed) to record the rest; the influence that runs through "
-            f"these is then not counted"
+            f"parameters of Linear, Conv1d to Conv3d, Embedding, LayerNorm, RMSNorm, GroupNorm and transformers' "
+            f"Conv1D. Pass unowned={unclaimed!r} (patterns allowed) to record the rest; the influence that runs "
+            f"through these is then not counted"
         )
+    _mark_output(layers, output)
     layout = Layout(
         model=describe_parameters(model),
         parameters=tuple(
@@ -134,12 +142,30 @@ def claim(
     return Ownership(layout, tuple(parameters.values()), tuple(layers))
 
 
-_WEIGHT_STREAM: Mapping[LayerKind, str] = {
-    LayerKind.LINEAR: "matrix",
-    LayerKind.CONV1D: "matrix",
-    LayerKind.EMBEDDING: "embedding",
-    LayerKind.LAYER_NORM: "vector",
-}
+def _weight_stream(module: nn.Module, kind: LayerKind) -> str:
+    """The form in which a weight's gradients are kept."""
+    if kind is LayerKind.EMBEDDING:
+        return "embedding"
+    if kind in (LayerKind.LINEAR, LayerKind.CONV1D):
+        return "matrix"
+    # In groups the weight is one small matrix for each of them: no rank to reduce.
+    return "matrix" if kind is LayerKind.CONVOLUTION and module.groups == 1 else "vector"
+
+
+def _mark_output(layers: list[OwnedLayer], output: str | None) -> None:
+    """Say of one layer, in place, that it gives the logits.
+
+    Raises:
+        ValueError: ``output`` names none of the recorded Linear layers.
+    """
+    linear = {layer.name: at for at, layer in enumerate(layers) if layer.kind is LayerKind.LINEAR}
+    if output is not None and output not in linear:
+        raise ValueError(
+            f"record: output must name a recorded Linear layer, got {output!r}; there are {_listed(linear)}"
+        )
+    name = next(reversed(linear), None) if output is None else output
+    if name is not None:
+        layers[linear[name]] = replace(layers[linear[name]], is_output=True)
 
 
 def _kind(module: nn.Module) -> LayerKind | None:
@@ -151,10 +177,29 @@ def _kind(module: nn.Module) -> LayerKind | None:
         return LayerKind.EMBEDDING
     if layer_type is nn.LayerNorm:
         return LayerKind.LAYER_NORM
+    if layer_type is nn.RMSNorm:
+        return LayerKind.RMS_NORM
+    if layer_type is nn.GroupNorm:
+        return LayerKind.GROUP_NORM
+    if layer_type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return LayerKind.CONVOLUTION
     # Recognised by name, so that transformers need not be installed.
     if layer_type.__name__ == "Conv1D" and layer_type.__module__ == "transformers.pytorch_utils":
         return LayerKind.CONV1D
+    if layer_type.__module__.startswith("transformers.") and is_plain_rms_norm(module):
+        return LayerKind.RMS_NORM
     return None
+
+
+def is_plain_rms_norm(module: nn.Module) -> bool:
+    """Whether a module is one of the many copies of Llama's norm in transformers: by what it computes."""
+    weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
+    if weight is None or weight.dim() != 1 or not isinstance(eps, float):
+        return False
+    probe = torch.linspace(-2.0, 3.0, 2 * len(weight), dtype=weight.dtype, device=weight.device).reshape(2, -1)
+    with torch.no_grad():
+        found = type(module).forward(module, probe)
+        return torch.equal(found, weight * nn.functional.rms_norm(probe, weight.shape, None, eps))
 
 
 def _require_fp32(parameters: Mapping[str, torch.Tensor]) -> None:

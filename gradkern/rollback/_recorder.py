@@ -54,6 +54,7 @@ def record(
     steps_per_segment: int = 10,
     unowned: Sequence[str] = (),
     shared_inputs: Sequence[str] = (),
+    output: str | None = None,
 ) -> Recorder:
     """Start recording what every training sample does to ``model``.
 
@@ -61,7 +62,8 @@ def record(
     ``with`` block. Training itself is unchanged: gradients are bit-equal to those of the unrecorded model.
 
     Args:
-        model: In fp32. Its Linear, Embedding, LayerNorm and transformers' Conv1D layers are recorded.
+        model: In fp32. Its Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm (Llama's too), GroupNorm and
+            transformers' Conv1D layers are recorded.
         optimizer: One of gradkern's, over parameters of ``model``, before its first step.
         path: Folder to create for the ledger; must not exist.
         rank: Directions kept of a sample's gradient of a matrix. A sample with at most ``rank`` rows (tokens)
@@ -71,6 +73,9 @@ def record(
         unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as BatchNorm's.
         shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
             a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.
+        output: Name of the Linear whose outputs are the logits of a cross-entropy, for the estimators that follow
+            later steps. None takes the last one in ``model.named_modules()``. Where its gradients are not those of a
+            cross-entropy with one right class a row, nothing is kept and those estimators refuse the ledger.
 
     Note:
         Inputs of recorded layers must be sample-major: dimension 0 is the micro-batch, or the rows of the first
@@ -80,8 +85,8 @@ def record(
 
     Raises:
         LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already.
-        ValueError: ``rank`` or ``steps_per_segment`` is below 1; a trained parameter can neither be recorded
-            nor is in ``unowned``; a pattern matches nothing.
+        ValueError: ``rank`` or ``steps_per_segment`` is below 1; ``output`` names no recorded Linear; a trained
+            parameter can neither be recorded nor is in ``unowned``; a pattern matches nothing.
         TypeError: A trained parameter is not fp32, or the optimizer reports no steps.
         ImportError: safetensors is not installed.
 
@@ -98,7 +103,7 @@ def record(
             f"record: {type(optimizer).__name__} does not report its steps (no register_step_event_hook); "
             f"use an optimizer of gradkern, for example gradkern.AdamW in place of torch.optim.AdamW"
         )
-    return Recorder(model, optimizer, Path(path), rank, steps_per_segment, unowned, shared_inputs)
+    return Recorder(model, optimizer, Path(path), rank, steps_per_segment, unowned, shared_inputs, output)
 
 
 class Recorder:
@@ -117,9 +122,10 @@ class Recorder:
         steps_per_segment: int,
         unowned: Sequence[str],
         shared_inputs: Sequence[str],
+        output: str | None,
     ) -> None:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        ownership = claim(model, trained, unowned, shared_inputs)
+        ownership = claim(model, trained, unowned, shared_inputs, output)
         self._layout = ownership.layout
         self._parameters = ownership.parameters
         self._indices = {id(parameter): index for index, parameter in enumerate(self._parameters)}
@@ -253,7 +259,12 @@ class Recorder:
                 preconditioners[index] = smooth(exact)
         self._shadows.drop_gradients()
         step = StepRecord(
-            ids=ids, records=records, fidelity=visits.fidelity, scalars=scalars, preconditioners=preconditioners
+            ids=ids,
+            curvature=visits.curvature(),
+            records=records,
+            fidelity=visits.fidelity,
+            scalars=scalars,
+            preconditioners=preconditioners,
         )
         self._pending.append(step)
         self._steps += 1

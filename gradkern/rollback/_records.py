@@ -29,8 +29,12 @@ class Record:
 
     visit: torch.Tensor
 
-    def inner(self, weight: torch.Tensor) -> torch.Tensor:
-        """Inner product of every entry's gradient with ``weight``: shape ``(n,)``, fp32."""
+    def inner(self, weights: torch.Tensor) -> torch.Tensor:
+        """Inner product of every entry's gradient with each of ``weights``, shape ``(m, *parameter)``: ``(m, n)``."""
+        raise NotImplementedError
+
+    def add_to(self, sums: torch.Tensor, coefficients: torch.Tensor) -> None:
+        """Add all gradients, times ``coefficients`` of shape ``(m, n)``, to ``sums`` of shape ``(m, *parameter)``."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -69,7 +73,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class MatrixRecord(Record):
-    """Gradients of a matrix as ``leftᵀ @ right``.
+    """Gradients of a matrix as ``leftᵀ @ right``; of a convolution's weight all but the first dimension count as one.
 
     Attributes:
         left: Shape ``(n, r, rows)``, int8 codes.
@@ -85,10 +89,22 @@ class MatrixRecord(Record):
     right: torch.Tensor
     right_scale: torch.Tensor
 
-    def inner(self, weight: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Record.inner`; ``weight`` has shape ``(rows, columns)``."""
-        right = dequantize_rows(self.right, self.right_scale)
-        return (dequantize_rows(self.left, self.left_scale) * (right @ weight.t())).sum(dim=(1, 2))
+    def inner(self, weights: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Record.inner`."""
+        left, right = self._rows()
+        found = ((right @ weights.flatten(2).transpose(1, 2)) * left).sum(dim=-1)
+        return found.reshape(len(weights), *self.left_scale.shape).sum(dim=-1)
+
+    def add_to(self, sums: torch.Tensor, coefficients: torch.Tensor) -> None:
+        """See :meth:`Record.add_to`."""
+        left, right = self._rows()
+        scaled = left * coefficients.repeat_interleave(self.left.shape[1], dim=1).unsqueeze(-1)
+        sums.flatten(2).baddbmm_(scaled.transpose(1, 2), right.expand(len(sums), -1, -1))
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both factors, one row for each direction of each entry."""
+        left, right = dequantize_rows(self.left, self.left_scale), dequantize_rows(self.right, self.right_scale)
+        return left.flatten(0, 1), right.flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +128,16 @@ class EmbeddingRecord(Record):
     right: torch.Tensor
     right_scale: torch.Tensor
 
-    def inner(self, weight: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Record.inner`; ``weight`` has shape ``(rows, columns)``."""
-        rows = dequantize_rows(self.left, self.left_scale) @ weight[self.index]
-        return (rows * dequantize_rows(self.right, self.right_scale)).sum(dim=(1, 2))
+    def inner(self, weights: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Record.inner`."""
+        rows = dequantize_rows(self.left, self.left_scale) @ weights[:, self.index]
+        return (rows * dequantize_rows(self.right, self.right_scale)).sum(dim=(2, 3))
+
+    def add_to(self, sums: torch.Tensor, coefficients: torch.Tensor) -> None:
+        """See :meth:`Record.add_to`."""
+        left, right = dequantize_rows(self.left, self.left_scale), dequantize_rows(self.right, self.right_scale)
+        rows = (left.transpose(1, 2) @ right) * coefficients[:, :, None, None]
+        sums.index_add_(1, self.index.flatten(), rows.flatten(1, 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +154,13 @@ class VectorRecord(Record):
     value: torch.Tensor
     scale: torch.Tensor
 
-    def inner(self, weight: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Record.inner`; ``weight`` has the parameter's shape."""
-        return (self.value.float() @ weight.reshape(-1)) * self.scale
+    def inner(self, weights: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Record.inner`."""
+        return (weights.flatten(1) @ self.value.float().t()) * self.scale
+
+    def add_to(self, sums: torch.Tensor, coefficients: torch.Tensor) -> None:
+        """See :meth:`Record.add_to`."""
+        sums.view(len(sums), -1).addmm_(coefficients * self.scale, self.value.float())
 
 
 RECORD_TYPES: Mapping[str, type[Record]] = {

@@ -33,6 +33,7 @@ class StepRecord:
 
     Attributes:
         ids: Shape ``(visits,)``, int64: the sample id of every visit.
+        curvature: Shape ``(visits,)``, fp32: see :mod:`gradkern.rollback._curvature`; NaN where it is not known.
         records: ``(stream, record)``; ``visit`` counts from the first of ``ids``.
         fidelity: ``(stream, comparison)``.
         scalars: By parameter; parameters the step left alone are missing.
@@ -40,6 +41,7 @@ class StepRecord:
     """
 
     ids: torch.Tensor
+    curvature: torch.Tensor
     records: Sequence[tuple[int, Record]]
     fidelity: Sequence[tuple[int, Fidelity]]
     scalars: Mapping[int, StepScalars]
@@ -58,6 +60,7 @@ class Segment:
 
     Attributes:
         visit_ids: Shape ``(visits,)``, int64: sample ids, in the order seen.
+        curvature: Shape ``(visits,)``, fp32: as in :class:`StepRecord`.
         visit_bounds: Shape ``(steps + 1,)``, int64: step ``t`` holds the visits from ``[t]`` to ``[t + 1]``.
         scalars: Shape ``(steps, parameters, 5)``, fp64, in the order of :class:`StepScalars`; NaN where a
             step left a parameter alone.
@@ -68,6 +71,7 @@ class Segment:
     """
 
     visit_ids: torch.Tensor
+    curvature: torch.Tensor
     visit_bounds: torch.Tensor
     scalars: torch.Tensor
     preconditioners: Mapping[int, tuple[torch.Tensor, ...]]
@@ -89,6 +93,7 @@ class Segment:
                 records[stream].append(replace(record, visit=record.visit + first_visit))
         return cls(
             visit_ids=torch.cat([step.ids for step in steps]),
+            curvature=torch.cat([step.curvature for step in steps]),
             visit_bounds=bounds,
             scalars=_join_scalars(steps, len(layout.parameters)),
             preconditioners=_join_preconditioners(steps),
@@ -114,6 +119,7 @@ class Segment:
         """All tensors by name; :meth:`from_tensors` reads them back."""
         named = {
             "visit/ids": self.visit_ids,
+            "visit/curvature": self.curvature,
             "visit/bounds": self.visit_bounds,
             "step/scalars": self.scalars,
             "fidelity": self.fidelity,
@@ -144,6 +150,7 @@ class Segment:
         try:
             return cls(
                 visit_ids=named["visit/ids"],
+                curvature=named["visit/curvature"] if "visit/curvature" in named else _unknown(named["visit/ids"]),
                 visit_bounds=named["visit/bounds"],
                 scalars=named["step/scalars"],
                 fidelity=named["fidelity"],
@@ -161,6 +168,11 @@ class Segment:
                 f"a segment does not hold the tensors of this ledger format ({error}); it was written by "
                 f"another version of gradkern: read it with that version"
             ) from error
+
+
+def _unknown(visit_ids: torch.Tensor) -> torch.Tensor:
+    """The curvature in a ledger written before it was measured."""
+    return torch.full(visit_ids.shape, torch.nan)
 
 
 _PRECONDITIONER_FIELDS: Mapping[int, tuple[str, ...]] = {1: ("values",), 2: ("rows", "columns")}

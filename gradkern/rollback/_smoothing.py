@@ -20,16 +20,16 @@ def smooth(preconditioner: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Compress a preconditioner ``P``.
 
     Args:
-        preconditioner: Elementwise ``P_t``, fp32.
+        preconditioner: Elementwise ``P_t``, fp32. Of a convolution all but the first dimension count as one.
 
     Returns:
         For a matrix, the means of ``1 / P²`` over its columns and over its rows (shapes ``(rows,)`` and
         ``(columns,)``); for anything else ``P`` itself, flattened. bf16: range matters here, digits do not.
         Where ``P`` is zero (a learning rate of zero) the means are infinite and :func:`unsmooth` gives zero.
     """
-    if preconditioner.dim() != 2:
+    if preconditioner.dim() < 2:
         return (preconditioner.reshape(-1).to(_STORED),)
-    squares = preconditioner.reciprocal().square_()
+    squares = preconditioner.flatten(1).reciprocal().square_()
     return squares.mean(dim=1).to(_STORED), squares.mean(dim=0).to(_STORED)
 
 
@@ -41,4 +41,5 @@ def unsmooth(stored: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tens
     if not torch.isfinite(rows).all():
         return rows.new_zeros(tuple(shape))
     # Three roots instead of the root of a product, which would leave fp32's range.
-    return rows.mean().sqrt() * rows.rsqrt().unsqueeze(1) * columns.rsqrt().unsqueeze(0)
+    found = rows.mean().sqrt() * rows.rsqrt().unsqueeze(1) * columns.rsqrt().unsqueeze(0)
+    return found.reshape(tuple(shape))

@@ -29,7 +29,7 @@ class DeafSink:
     def ignore(self, *args):
         pass
 
-    take_matrix = take_bias = take_embedding = take_norm = ignore
+    take_matrix = take_logits = take_bias = take_embedding = take_norm = take_vectors = ignore
 
 
 def gradients(module, inputs, output_grad):
@@ -88,6 +88,71 @@ def test_layer_norm_gradients_have_the_same_bits(leading, width, bias, two_dimen
 def test_embedding_gradients_have_the_same_bits(leading, width, padded):
     module = nn.Sequential(nn.Embedding(5, width, padding_idx=3 if padded else None))
     assert_same_bits(module, torch.randint(0, 5, leading))
+
+
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(3, 4, 3, padding=1), (5, 3, 9)),
+    "2d": (nn.Conv2d(3, 4, 3, stride=2, padding=1), (5, 3, 9, 8)),
+    "2d without bias": (nn.Conv2d(3, 4, (1, 3), dilation=(1, 2), bias=False), (5, 3, 6, 7)),
+    "2d, longer on one side": (nn.Conv2d(2, 4, (2, 4), padding="same"), (5, 2, 6, 7)),
+    "2d, reflected": (nn.Conv2d(2, 4, 3, padding=2, padding_mode="reflect"), (5, 2, 6, 7)),
+    "2d, nothing around": (nn.Conv2d(2, 4, 3, padding="valid"), (5, 2, 6, 7)),
+    "2d in groups": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (5, 4, 6, 7)),
+    "2d by channel": (nn.Conv2d(4, 4, 3, groups=4), (5, 4, 6, 7)),
+    "3d": (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (5, 2, 4, 5, 6)),
+    "group norm": (nn.GroupNorm(2, 6), (5, 6, 3, 4)),
+    "group norm of vectors": (nn.GroupNorm(3, 6), (5, 6)),
+    "rms norm": (nn.RMSNorm(6), (5, 3, 6)),
+    "rms norm, two dimensions": (nn.RMSNorm((3, 6), eps=1e-3), (5, 3, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_and_norms_have_the_same_bits(name):
+    module, shape = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    assert_same_bits(nn.Sequential(module), torch.randn(shape))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_and_norms_are_recorded_by_sample(name, tmp_path):
+    torch.manual_seed(0)
+    module, shape = CONVOLUTIONS[name]
+    model = nn.Sequential(copy.deepcopy(module))
+    for param in model.parameters():
+        param.data.normal_()
+    values, target = torch.randn(shape), torch.randn(())
+    optimizer = gk.SGD(model.parameters(), lr=0.0)
+    with gk.rollback.record(model, optimizer, tmp_path / "run", rank=500) as recorder:
+        with recorder.batch(range(5)):
+            (model(values) - target).square().sum().backward()
+        optimizer.step()
+    (segment,) = gk.rollback.open(tmp_path / "run")._segments_from_last()
+    parameters = list(model.parameters())
+    for sample in range(5):
+        expected = torch.autograd.grad((model(values[sample : sample + 1]) - target).square().sum(), parameters)
+        for stream, record in segment.records.items():
+            basis = torch.eye(expected[stream].numel()).reshape(-1, *expected[stream].shape)
+            found = record.inner(basis)[:, sample].reshape(expected[stream].shape)
+            assert (found - expected[stream]).norm() <= 0.02 * expected[stream].norm()
+            sums = torch.zeros(1, *expected[stream].shape)
+            record.add_to(sums, torch.eye(5)[sample : sample + 1])
+            torch.testing.assert_close(sums[0], found)
+
+
+def test_norms_of_transformers_are_known_by_what_they_compute():
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    for norm in (LlamaRMSNorm(8), Qwen3RMSNorm(8, eps=1e-3)):
+        norm.weight.data.normal_()
+        assert_same_bits(nn.Sequential(norm), torch.randn(4, 3, 8))
+    other = nn.Sequential(GemmaRMSNorm(8))  # its factor is 1 + weight
+    with pytest.raises(ValueError, match=r"no per-sample gradient can be captured for '0\.weight'"):
+        claim(other, list(other.parameters()), (), ())
 
 
 @pytest.mark.parametrize("build", [TokenModel, gpt2], ids=["token model", "gpt2"])

@@ -31,6 +31,61 @@ def test_holds_for_a_tied_gpt2_with_clipping_and_accumulation(train):
     assert report.passed, str(report)
 
 
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        loss_type="ForCausalLM",
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_holds_for_a_llama_with_clipping_and_accumulation(train):
+    torch.manual_seed(0)
+    model = llama()
+    run = train(model, token_data(64, 12, 31), steps=60, accumulate=4, micro_batch=2, lr=3e-3, max_norm=1.0)
+    report = run.ledger().verify(model)
+    assert report.passed, str(report)
+    assert run.ledger().conservation(model).unowned_share == 0
+    scores = run.ledger().scores(model, token_data(2, 12, 31), loss_fn=token_loss).scores
+    assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("optimizer", [gk.AdamW, gk.SGD])
+def test_holds_for_a_convolution_net_but_for_its_batch_norms(optimizer, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=4),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 4),
+    )
+    options = {"lr": 1e-3} if optimizer is gk.AdamW else {"lr": 1e-2, "momentum": 0.9}
+    trained = optimizer(model.parameters(), **options, max_norm=1.0)
+    inputs, labels = torch.randn(32, 3, 8, 8), torch.randint(0, 4, (32,))
+    with gk.rollback.record(model, trained, tmp_path / "run", unowned=["1.*"]) as recorder:
+        for step in range(30):
+            for micro in range(4):
+                rows = torch.arange(8 * step + 2 * micro, 8 * step + 2 * micro + 2) % 32
+                with recorder.batch(rows):
+                    (nn.functional.cross_entropy(model(inputs[rows]), labels[rows]) / 4).backward()
+            trained.step()
+            trained.zero_grad()
+    report = gk.rollback.open(tmp_path / "run").verify(model)
+    assert report.passed, str(report)
+    assert "in unowned 1.weight, 1.bias" in str(report)
+
+
 @pytest.mark.parametrize("lr_of_step", [lambda step: 0.0 if step < 2 else 1e-2, lambda step: 1e-2 / (step + 1)])
 def test_holds_when_the_learning_rate_changes_and_starts_at_zero(token_model, train, lr_of_step):
     def schedule(model, optimizer, step):

@@ -79,7 +79,7 @@ def recorded_and_brute_force(model, data, ids, path, precondition, rank, steps=6
             optimizer.step()
             optimizer.zero_grad()
     query = data[:2].flip(1)
-    found = gk.rollback.open(path).scores(model, query, loss_fn=token_loss)
+    found = gk.rollback.open(path).scores(model, query, loss_fn=token_loss, estimator="direct")
     assert found.ids.tolist() == sorted(set(ids.tolist()))
     return found.scores, truth.scores(query)
 
@@ -122,7 +122,7 @@ def test_the_sweep_equals_the_recursion_over_the_records(token_model, train):
     for index, gradient in enumerate(gradients):
         for sample, delta in recorded_deltas(ledger, index).items():
             expected[sample] -= float((gradient.double() * delta).sum())
-    found = ledger.scores(token_model, query, loss_fn=token_loss)
+    found = ledger.scores(token_model, query, loss_fn=token_loss, estimator="direct")
     assert found.ids.tolist() == sorted(expected)
     truth = torch.tensor([expected[sample] for sample in sorted(expected)], dtype=torch.float64)
     torch.testing.assert_close(found.scores, truth, rtol=1e-4, atol=1e-9)

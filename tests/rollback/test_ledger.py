@@ -52,8 +52,8 @@ def test_bad_questions_are_refused(token_model, train):
     ledger = train(token_model, token_data()).ledger()
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         ledger.explain(token_model, token_data(), k=0, loss_fn=token_loss)
-    with pytest.raises(ValueError, match="estimator must be one of 'direct', got 'ref'"):
-        ledger.explain(token_model, token_data(), loss_fn=token_loss, estimator="ref")
+    with pytest.raises(ValueError, match=r"there are estimator='direct' with mode='run'.*got estimator='magic' with"):
+        ledger.explain(token_model, token_data(), loss_fn=token_loss, estimator="magic")
 
 
 def test_another_model_is_refused(token_model, train):

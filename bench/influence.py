@@ -1,0 +1,189 @@
+"""What influence is to predict: the losses of models that were trained again without some samples, hundreds at once.
+
+The linear datamodeling score (Park and others, "TRAK", 2023) of an estimator is the rank correlation, over subsets of
+the training samples, of the loss that a model trained on the subset has at a test point with the sum of the scores of
+the samples that were left out; the mean over test points. Retraining here is the recorded run itself, same start and
+same order, with rows missing from its batches.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+import gradkern as gk
+from gradkern.rollback import Ledger
+
+from .peers import FOLDER
+
+__all__ = ["SETTINGS", "Setting", "datamodeling_score", "record_run", "retrained_losses"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run that is recorded and retrained.
+
+    Attributes:
+        make_model: Builds the model with torch's generator.
+        inputs: Of the training samples.
+        labels: Their classes.
+        test_inputs: Of the test points.
+        test_labels: Their classes.
+        epochs: How often every sample is visited.
+    """
+
+    make_model: Callable[[], nn.Module]
+    inputs: Tensor
+    labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+    epochs: int = 10
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    max_norm: float = 1.0
+    batch_size: int = 50
+
+    def model(self, seed: int) -> nn.Module:
+        """As it starts."""
+        torch.manual_seed(seed)
+        return self.make_model()
+
+    def batches(self, seed: int) -> list[Tensor]:
+        """Rows of every step's batch."""
+        generator = torch.Generator().manual_seed(seed)
+        orders = [torch.randperm(len(self.inputs), generator=generator) for _ in range(self.epochs)]
+        return list(torch.cat(orders).split(self.batch_size))
+
+    def queries(self) -> list[tuple[Tensor, Tensor]]:
+        """Every test point as a batch of its own."""
+        return list(zip(self.test_inputs.split(1), self.test_labels.split(1), strict=True))
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """Images of 8 x 8 in shuffled order, and their classes: the file in scikit-learn's wheel, without its imports."""
+    found = importlib.machinery.PathFinder.find_spec("sklearn", [*sys.path, str(FOLDER)])
+    if found is None or found.submodule_search_locations is None:
+        raise ImportError("the digits come with scikit-learn, which is not installed; try `make bench-peers`")
+    file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
+    return table[:, :-1] / 16, table[:, -1].long()
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def digits_mlp() -> Setting:
+    """1,000 of scikit-learn's digits, an MLP of 6,570 parameters."""
+    inputs, labels = _digits()
+    return Setting(_mlp, inputs[:1000], labels[:1000], inputs[1000:1100], labels[1000:1100])
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
+def digits_cnn() -> Setting:
+    """The same digits, a convolution net of 3,818 parameters."""
+    return replace(digits_mlp(), make_model=_cnn)
+
+
+SETTINGS = {"digits, MLP": digits_mlp, "digits, CNN": digits_cnn}
+
+
+def record_run(setting: Setting, seed: int, path: Path) -> tuple[nn.Module, Ledger]:
+    """Train once, recorded."""
+    model = setting.model(seed)
+    optimizer = gk.AdamW(
+        model.parameters(), lr=setting.lr, weight_decay=setting.weight_decay, max_norm=setting.max_norm
+    )
+    with gk.rollback.record(model, optimizer, path) as recorder:
+        for rows in setting.batches(seed):
+            with recorder.batch(rows):
+                nn.functional.cross_entropy(model(setting.inputs[rows]), setting.labels[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, gk.rollback.open(path)
+
+
+def retrained_losses(setting: Setting, seed: int, kept: Tensor) -> Tensor:
+    """Losses at the test points of models trained on subsets.
+
+    Args:
+        setting: The run.
+        seed: Of its start and its order.
+        kept: Which samples each model is trained on, bool, shape ``(models, samples)``.
+
+    Returns:
+        Shape ``(models, tests)``.
+    """
+    model = setting.model(seed)
+    count = len(kept)
+    params = {name: param.detach().expand(count, *param.shape).clone() for name, param in model.named_parameters()}
+    first = {name: torch.zeros_like(param) for name, param in params.items()}
+    second = {name: torch.zeros_like(param) for name, param in params.items()}
+
+    def loss(params: dict[str, Tensor], inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        rows = nn.functional.cross_entropy(functional_call(model, params, inputs), labels, reduction="none")
+        return (rows * weights).sum() / weights.sum().clamp_min(1)
+
+    gradients_of = vmap(grad(loss), in_dims=(0, None, None, 0))
+    for step, rows in enumerate(setting.batches(seed), start=1):
+        gradients = gradients_of(params, setting.inputs[rows], setting.labels[rows], kept[:, rows].float())
+        norms = torch.stack([each.flatten(1).square().sum(1) for each in gradients.values()]).sum(0).sqrt()
+        clip = (setting.max_norm / (norms + 1e-6)).clamp_max(1.0)
+        for name, gradient in gradients.items():
+            gradient = gradient * clip.reshape(-1, *[1] * (gradient.dim() - 1))
+            first[name].lerp_(gradient, 0.1)
+            second[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            denominator = (second[name] / (1 - 0.999**step)).sqrt_().add_(1e-8)
+            params[name].mul_(1 - setting.lr * setting.weight_decay)
+            params[name].addcdiv_(first[name], denominator, value=-setting.lr / (1 - 0.9**step))
+
+    def test_losses(params: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(
+            functional_call(model, params, setting.test_inputs), setting.test_labels, reduction="none"
+        )
+
+    return vmap(test_losses)(params)
+
+
+def datamodeling_score(scores: Tensor, kept: Tensor, losses: Tensor) -> float:
+    """Mean over test points of the rank correlation of predicted and true losses.
+
+    Args:
+        scores: Of every sample for every test point, shape ``(tests, samples)``.
+        kept: As in :func:`retrained_losses`.
+        losses: What that returned.
+    """
+    predicted = (~kept).double() @ scores.t()
+    return float(_correlation(_ranks(predicted), _ranks(losses)).mean())
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Of every column."""
+    return values.argsort(dim=0).argsort(dim=0).double()
+
+
+def _correlation(left: Tensor, right: Tensor) -> Tensor:
+    """Of every column."""
+    left, right = left - left.mean(0), right - right.mean(0)
+    return (left * right).sum(0) / (left.square().sum(0) * right.square().sum(0)).sqrt()
