@@ -48,7 +48,7 @@ class UnstableInfluenceError(GradkernError):
     """Influence grew on its way back to the first step instead of fading: what an estimator found is noise.
 
     Attributes:
-        growth: Of each query, the norm at the first step over that at the last; above 1, or NaN, where it failed.
+        growth: Of each query, the norm at the first step over that at the last; above 1.25, or NaN, where it failed.
     """
 
     def __init__(self, message: str, *, growth: tuple[float, ...]) -> None:

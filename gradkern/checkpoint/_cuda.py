@@ -13,6 +13,10 @@ from gradkern.errors import BudgetExceededError
 
 __all__ = ["CudaMemory", "enforce_cuda"]
 
+# Devices whose peak is being measured, and that are capped: torch has one peak and one cap for each.
+_recorded: set[torch.device] = set()
+_capped: set[torch.device] = set()
+
 
 class CudaMemory:
     """The memory of one GPU.
@@ -30,6 +34,24 @@ class CudaMemory:
     def live_bytes(self) -> int:
         """Bytes that torch has given out and not got back, in blocks."""
         return torch.cuda.memory_allocated(self._device)
+
+    def start_recording(self) -> None:
+        """Begin a new peak; that of ``torch.cuda.max_memory_allocated`` is lost.
+
+        Raises:
+            RuntimeError: Something is recording already.
+        """
+        if self._device in _recorded:
+            raise RuntimeError(
+                "a peak is being measured already; measure_peak and plan cannot run inside measure_peak: "
+                "let the outer one finish first"
+            )
+        _recorded.add(self._device)
+        self.take_peak()
+
+    def stop_recording(self) -> None:
+        """Let others record."""
+        _recorded.discard(self._device)
 
     def take_peak(self) -> int:
         """Return the largest live bytes since the last call."""
@@ -56,7 +78,12 @@ def enforce_cuda(budget_bytes: int, device: torch.device) -> Iterator[None]:
 
     Raises:
         BudgetExceededError: Tensors hold more already, or memory ran out in the block.
+        RuntimeError: Entered inside another.
     """
+    if device in _capped:
+        raise RuntimeError(
+            f"a budget is being enforced on {device} already; enforce cannot be nested: leave the outer one"
+        )
     live_bytes = torch.cuda.memory_allocated(device)
     if live_bytes > budget_bytes:
         raise BudgetExceededError(
@@ -67,6 +94,7 @@ def enforce_cuda(budget_bytes: int, device: torch.device) -> Iterator[None]:
     total_bytes = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()  # what it keeps for later counts too
     torch.cuda.set_per_process_memory_fraction(min(before, budget_bytes / total_bytes), device)
+    _capped.add(device)
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -75,4 +103,5 @@ def enforce_cuda(budget_bytes: int, device: torch.device) -> Iterator[None]:
             f"{str(error).splitlines()[0]}; raise the budget or plan for this one with checkpoint.plan"
         ) from error
     finally:
+        _capped.discard(device)
         torch.cuda.set_per_process_memory_fraction(before, device)

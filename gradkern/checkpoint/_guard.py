@@ -16,6 +16,7 @@ from gradkern.checkpoint._plan import Plan
 from gradkern.checkpoint._planner import check_arguments
 from gradkern.checkpoint._planner import plan as make_plan
 from gradkern.checkpoint._preserve import Preserved
+from gradkern.checkpoint._storages import device_of
 from gradkern.checkpoint._units import find_units
 from gradkern.errors import PlanInfeasibleError
 from gradkern.loss import Batch, LossFn
@@ -155,7 +156,8 @@ def guard(
 
     Raises:
         RuntimeError: ``plan`` is not applied to ``model``, or another is where ``plan`` is None.
-        TypeError, ValueError: ``budget`` is no size, or an argument is not what ``plan`` takes.
+        TypeError, ValueError: ``budget`` is no size, ``model`` is on a GPU and ``gpu`` is None, or
+            an argument is not what ``plan`` takes.
 
     Example:
         >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
@@ -168,6 +170,10 @@ def guard(
     budget_bytes = parse_bytes(budget)
     if gpu is not None:
         find_gpu(gpu)
+    elif device_of("guard", model).type != "cpu":
+        raise ValueError(
+            "guard: a model on a GPU needs gpu=, for a plan is made when that GPU's memory is full already"
+        )
     if plan is None:
         check_arguments(model, optimizer, accumulate, recorder)
         find_units(model, [units] if isinstance(units, str) else list(units))

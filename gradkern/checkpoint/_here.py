@@ -59,8 +59,8 @@ def _fixed_bytes(source: Source, aside: Preserved, job: Job) -> int:
     alive = live_bytes(allocator, *roots) + LOOP_BYTES
     if allocator is not None:
         alive -= aside.held_bytes(allocator)
-    if recorder is None:
-        return alive
+    if recorder is None or (allocator is not None and allocator.place == "cuda"):
+        return alive  # what a recorder has on a GPU is there already; the rest of it waits on the host
     seen = 0
     if allocator is not None:
         known = storages_of(*roots, places=(allocator.place,))

@@ -201,8 +201,8 @@ class CudaMeter:
         self.timeline: list[tuple[float, int]] = []
 
     def __enter__(self) -> CudaMeter:
+        self._memory.start_recording()
         self._start_bytes = self._memory.live_bytes
-        self._memory.take_peak()
         self.mark()
         return self
 
@@ -212,6 +212,7 @@ class CudaMeter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._memory.stop_recording()
         self.mark()
         self.timeline = [(mark.time_s - self.marks[0].time_s, mark.live_bytes) for mark in self.marks]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,7 +72,7 @@ class UnitOperators:
     operators: tuple[Operator, ...]
     needed: int
 
-    def held_bytes(self, saved_ops: Sequence[OpCall]) -> int:
+    def held_bytes(self, saved_ops: Iterable[OpCall]) -> int:
         """Bytes that holding the outputs of these takes."""
         held = frozenset(saved_ops)
         return sum(op.held_bytes or 0 for op in self.operators if op.call in held)
@@ -105,34 +106,34 @@ def saving_sets(alike: Sequence[UnitOperators], most_bytes: int) -> list[tuple[O
     operators = alike[0].operators[: alike[0].needed]
     seconds = [statistics.median(unit.operators[at].seconds for unit in alike) for at in range(len(operators))]
     items = [
-        _Held(op.held_bytes, spent, (at,))
+        _Held(op.held_bytes, spent, 1 << at)
         for at, (op, spent) in enumerate(zip(operators, seconds, strict=True))
         if op.held_bytes is not None and spent > 0
     ]
-    # Best first; equal ones in order of execution.
-    items.sort(key=lambda item: (-item.seconds / max(1, item.nbytes), item.calls))
+    # Best first, what takes no bytes before all; equal ones in order of execution.
+    items.sort(key=lambda item: (-item.seconds / item.nbytes if item.nbytes else -math.inf, item.calls))
     hull = itertools.takewhile(lambda held: held.nbytes <= most_bytes, itertools.accumulate(items, _Held.with_))
     chosen = _evenly(_unbeaten(hull), most // 2)
     others = [held for held in _unbeaten([*chosen, *_knapsack(items, most_bytes)]) if held not in chosen]
     sets = sorted([*chosen, *_evenly(others, most - len(chosen))])
-    return [tuple(operators[at].call for at in sorted(held.calls)) for held in sets]
+    return [tuple(op.call for at, op in enumerate(operators) if held.calls >> at & 1) for held in sets]
 
 
 class _Held(NamedTuple):
-    """Operators whose outputs are held: bytes, the seconds that they spare, and their positions."""
+    """Operators whose outputs are held: bytes, the seconds that they spare, and their positions as bits."""
 
     nbytes: int
     seconds: float
-    calls: tuple[int, ...]
+    calls: int
 
     def with_(self, other: _Held) -> _Held:
         """Both."""
-        return _Held(self.nbytes + other.nbytes, self.seconds + other.seconds, self.calls + other.calls)
+        return _Held(self.nbytes + other.nbytes, self.seconds + other.seconds, self.calls | other.calls)
 
 
 def _knapsack(items: Sequence[_Held], most_bytes: int) -> list[_Held]:
     """Sets of items that none beats in both bytes and seconds, of many some evenly by their bytes."""
-    sets = [_Held(0, 0.0, ())]
+    sets = [_Held(0, 0.0, 0)]
     for item in items:
         more = [held.with_(item) for held in sets if held.nbytes + item.nbytes <= most_bytes]
         sets = _evenly(_unbeaten([*sets, *more]), _MOST_STATES)
@@ -149,11 +150,11 @@ def _unbeaten(sets: Iterable[_Held]) -> list[_Held]:
 
 
 def _evenly(sets: Sequence[_Held], most: int) -> list[_Held]:
-    """At most so many of ``sets``, which ascend, evenly by their bytes, the last among them."""
+    """At most so many of ``sets``, which ascend, evenly by their bytes, the first and the last among them."""
     if len(sets) <= most:
         return list(sets)
-    wanted = [sets[-1].nbytes * step / most for step in range(1, most + 1)]
-    chosen = {bisect.bisect_left(sets, nbytes, key=lambda held: held.nbytes) for nbytes in wanted}
+    wanted = [sets[-1].nbytes * step / (most - 1) for step in range(1, most)]
+    chosen = {0} | {bisect.bisect_left(sets, nbytes, key=lambda held: held.nbytes) for nbytes in wanted}
     return [sets[at] for at in sorted(chosen)]
 
 
@@ -171,6 +172,7 @@ def record_operators(
     recorder = _Recorder(clock)
     with _told(model, names, recorder), saved_tensors_hooks(recorder.note_saved, _same), recorder:
         forward()
+    recorder.finish()
     return recorder.found
 
 
@@ -182,6 +184,8 @@ class _Recorder(TorchDispatchMode):
         self.found: dict[str, UnitOperators] = {}
         self._clock = clock
         self._unit: str | None = None
+        # What units returned: unit, positions of the operators that made it, and its version then.
+        self._returned: list[tuple[str, frozenset[int], Tensor, int]] = []
 
     def enter(self, name: str, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of a unit."""
@@ -196,7 +200,13 @@ class _Recorder(TorchDispatchMode):
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of a unit."""
         if self._unit is not None:
-            returned = {_storage_key(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)}
+            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            for leaf in leaves:
+                key = _storage_key(leaf)
+                makers = frozenset(at for at, made in enumerate(self._made) if key in made)
+                if makers and not leaf.is_inference():
+                    self._returned.append((self._unit, makers, leaf, leaf._version))
+            returned = {_storage_key(leaf) for leaf in leaves}
             operators = [
                 op
                 if op.held_bytes is None
@@ -206,6 +216,17 @@ class _Recorder(TorchDispatchMode):
             self.found[self._unit] = UnitOperators(tuple(operators), self._needed)
         self._unit = None
         self._storages = []
+
+    def finish(self) -> None:
+        """After the forward pass: what was written in place after its unit had returned it cannot be held either."""
+        for name, makers, leaf, version in self._returned:
+            if leaf._version != version:
+                ran = self.found[name]
+                operators = [
+                    replace(op, held_bytes=None) if at in makers else op for at, op in enumerate(ran.operators)
+                ]
+                self.found[name] = UnitOperators(tuple(operators), ran.needed)
+        self._returned = []
 
     def note_saved(self, tensor: Tensor) -> Tensor:
         """Pack hook: backward needs what has run up to here."""

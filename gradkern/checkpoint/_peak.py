@@ -55,7 +55,8 @@ def measure_peak(
     tensors that are older (it is installed on first use) are found by walking ``model`` and ``optimizer``.
     If ``fn`` frees such older tensors, the peak is an upper bound. Without the hook the same allocations
     are read from ``torch.profiler`` and what was alive before is only what ``model`` and ``optimizer``
-    hold. On CUDA it is what ``torch.cuda.memory_allocated`` counts, tensors in blocks of 512 bytes.
+    hold. On CUDA it is what ``torch.cuda.memory_allocated`` counts, and
+    ``torch.cuda.max_memory_allocated`` starts anew.
 
     Args:
         fn: Called once, without arguments, in this thread; what other threads allocate meanwhile counts too.

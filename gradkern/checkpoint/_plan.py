@@ -58,7 +58,8 @@ class Plan:
             none but a nested one fits.
         fixed_bytes: Of every peak, what is alive all through a step: parameters, buffers, optimizer state, the batch.
         floor_bytes: Above those, what the end of a step needs whatever is chosen: gradients and the optimizer's own.
-        source: What its bytes and seconds were read from: ``"cpu"``, or the GPU that was simulated.
+        source: What its bytes and seconds were read from: ``"cpu"``, the name of the GPU that the model is on, or
+            ``"simulated ..."``.
         units: What to do with each unit.
         segments: Units that are recomputed together, by name: what flows into the first is held, and when backward
             arrives they all run again, of inner tuples only holding what flows in. Empty unless units are nested.
@@ -132,7 +133,7 @@ class Plan:
         machine, for a GPU, with ``for_budget`` or for a length between.
 
         Args:
-            model: With this plan applied, on the CPU.
+            model: With this plan applied, on the CPU or one GPU.
             batch: As in ``checkpoint.plan``; likewise what follows.
             loss_fn: See there.
             optimizer: See there.

@@ -119,7 +119,7 @@ def plan(
             measured. Gradients cannot be compared without values, nor units that do not repeat be found: ``validate``
             does on the machine that trains. Where what runs depends on values, or on tensors that are neither the
             model's nor the batch's, the model itself runs. None measures here: CPU memory by the allocator hook, a
-            GPU's as ``torch.cuda.memory_allocated`` counts it.
+            GPU's as ``torch.cuda.memory_allocated`` counts it; there the batch must fit with everything kept.
         shards: With ``gpu``: processes that parameters, gradients and optimizer state are spread over, as by FSDP. Two
             units and what is in no unit are whole at a time; communication takes no time.
         offload: With ``gpu``: what units save may also wait in the memory of the host, as much of it as the link

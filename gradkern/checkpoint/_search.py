@@ -240,34 +240,46 @@ def _measure_sets(
     """Measure what units with some outputs held need beyond plain ones, by position of kind and of set.
 
     Units of one kind try different sets in one cycle, so that a model of many equal units takes one cycle more. Where
-    there are more sets than that, some are not run: they hold less than the next larger one that was run by what their
-    outputs have less, and are taken to need no more than that one at the peak. A cycle whose gradients are not those of
-    ``kept`` counts for nothing.
+    there are more sets than that, some are not run, but each is part of one that was, at least of that of all operators
+    in any: it holds less than the smallest such one by what it lacks, and is taken to need no more at the peak. A cycle
+    whose gradients are not those of ``kept`` counts for nothing, and so does a set that is part of no other.
     """
-    found: dict[tuple[int, int], Difference] = {}
-    tries = {at: _spread(len(kind.sets), max(_LEAST_TRIES, len(kind.indices))) for at, kind in enumerate(kinds)}
-    cycles = max((-(-len(numbers) // len(kinds[at].indices)) for at, numbers in tries.items()), default=0)
+    run: dict[int, dict[frozenset[OpCall], Difference]] = {at: {} for at in range(len(kinds))}
+    tries = [_tries(kind) for kind in kinds]
+    cycles = max((-(-len(each) // len(kind.indices)) for each, kind in zip(tries, kinds, strict=True)), default=0)
     for cycle in range(cycles):
         chosen, tried = dict(plain), {}
         for at, kind in enumerate(kinds):
             first = cycle * len(kind.indices)
-            for index, number in zip(kind.indices, tries[at][first:], strict=False):
+            for index, saved_ops in zip(kind.indices, tries[at][first:], strict=False):
                 name = names[index - 1]
-                chosen[name] = Recompute(plain[name].mutated_buffers, kind.sets[number])
-                tried[at, number] = index
+                chosen[name] = Recompute(plain[name].mutated_buffers, saved_ops)
+                tried[at, frozenset(saved_ops)] = index
         trial.progress("measuring with some outputs held")
         cost = trial.measure(names, chosen)
         if kept is None or cost.grad_bits == kept.grad_bits:
-            for which, index in tried.items():
-                found[which] = cost.spans[index].beyond(recomputed.spans[index])
+            for (at, held), index in tried.items():
+                run[at][held] = cost.spans[index].beyond(recomputed.spans[index])
+    found: dict[tuple[int, int], Difference] = {}
     for at, kind in enumerate(kinds):
-        for number in reversed(range(len(kind.sets) - 1)):
-            larger = found.get((at, number + 1))
-            if (at, number) not in found and number not in tries[at] and larger is not None:
-                ran = kind.operators[0]
-                lacks = ran.held_bytes(kind.sets[number + 1]) - ran.held_bytes(kind.sets[number])
-                found[at, number] = Difference(larger.saved_bytes - lacks, larger.peak_bytes)
+        for number, saved_ops in enumerate(kind.sets):
+            ran, wanted = kind.operators[0], frozenset(saved_ops)
+            larger = min((held for held in run[at] if held >= wanted), key=ran.held_bytes, default=None)
+            if larger is not None:
+                difference = run[at][larger]
+                lacks = ran.held_bytes(larger) - ran.held_bytes(wanted)
+                found[at, number] = Difference(difference.saved_bytes - lacks, difference.peak_bytes)
     return found
+
+
+def _tries(kind: _Kind) -> list[tuple[OpCall, ...]]:
+    """The sets of a kind to run: evenly, and where that is not all of them, that of all operators in any."""
+    most = max(_LEAST_TRIES, len(kind.indices))
+    if len(kind.sets) <= most:
+        return list(kind.sets)
+    in_any = {call for saved_ops in kind.sets for call in saved_ops}
+    everything = tuple(op.call for op in kind.operators[0].operators if op.call in in_any)
+    return list(dict.fromkeys([everything, *(kind.sets[number] for number in _spread(len(kind.sets), most - 1))]))
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -383,12 +395,15 @@ class _Search:
         run = _Run(choices, None, self._step(cycle), self._modelled(peak_of(self.costs, choices)), extra_s)
         return self.runs.setdefault(choices, run)
 
-    def run(self, choices: tuple[int, ...]) -> _Run:
-        """Run a choice, unless it was run before."""
+    def run(self, choices: tuple[int, ...]) -> _Run | None:
+        """Run a choice, unless it was run before; None where it changes a gradient."""
         if choices in self.runs:
             return self.runs[choices]
         self._trial.progress("running a plan")
-        return self.enter(choices, self._trial.measure(self._measured.names, self._measured.recompute(choices)))
+        cycle = self._trial.measure(self._measured.names, self._measured.recompute(choices))
+        if self._measured.repeats and cycle.grad_bits != self._measured.kept.grad_bits:
+            return None
+        return self.enter(choices, cycle)
 
     def run_nested(self, nesting: Nesting) -> _Run | None:
         """Run a nesting, unless it was run before; None where it changes a gradient."""
@@ -459,10 +474,10 @@ def fit(
             break
         if attempt == 0:
             lower_bound_s = solution.lower_bound_s
-        excess = search.run(solution.choices).peak_bytes - budget_bytes
-        if excess <= 0:
+        run = search.run(solution.choices)
+        if run is None or run.peak_bytes <= budget_bytes:
             break
-        capacity -= excess
+        capacity -= run.peak_bytes - budget_bytes
     if link_bytes_per_s > 0.0:
         _offload(search, measured, budget_bytes, fixed_bytes, link_bytes_per_s)
     single = _fastest(search, budget_bytes)

@@ -94,19 +94,20 @@ def live_bytes(allocator: Memory | None, *roots: object) -> int:
 
 
 def device_of(caller: str, *roots: object) -> torch.device:
-    """The device whose memory counts for ``roots``: the GPU they are on, scalars on the CPU aside, or the CPU.
+    """The device whose memory counts for ``roots``: the GPU that all but scalars are on, or the CPU.
 
     Raises:
-        ValueError: They are on two GPUs, or on something else.
+        ValueError: They are on two devices, or on something else.
     """
-    devices = {tensor.device for root in roots for tensor in tensors_of(root)} - {torch.device("cpu")}
-    wrong = next((device for device in devices if device.type != "cuda" or len(devices) > 1), None)
-    if wrong is not None:
+    cpu = torch.device("cpu")
+    tensors = [tensor for root in roots for tensor in tensors_of(root)]
+    devices = {tensor.device for tensor in tensors if tensor.dim() > 0 or tensor.device != cpu} or {cpu}
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         raise ValueError(
             f"{caller} measures the memory of the CPU or of one CUDA device, got tensors on "
-            f"{', '.join(sorted(map(str, devices)))}; move the model to one of those"
+            f"{', '.join(sorted(map(str, devices)))}; move all to one of those"
         )
-    return devices.pop() if devices else torch.device("cpu")
+    return devices.pop()
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:

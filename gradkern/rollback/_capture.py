@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from types import MethodType
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gradkern.errors import LedgerError
 from gradkern.rollback._ownership import LayerKind, OwnedLayer
 
 __all__ = ["Sink", "captured"]
@@ -101,18 +101,24 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, layer: OwnedLayer, sink: Sink) -> Tensor:
         ctx.layer, ctx.sink = layer, sink
-        _save_factors(ctx, input, weight)
+        if layer.is_output:
+            # To compute the logits once more in backward: held until then they would be as large as all else together.
+            ctx.save_for_backward(input, weight, bias)
+        else:
+            ctx.save_for_backward(*_factors(ctx, input, weight), None)
         return F.linear(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        input, weight, bias = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         input_grad = weight_grad = bias_grad = None
-        if weight is not None:
+        if ctx.layer.is_output:
+            ctx.sink.take_logits(ctx.layer, F.linear(input, weight, bias), grad)
+        if ctx.needs_input_grad[0]:
             input_grad = (flat @ weight).reshape(*grad.shape[:-1], weight.shape[1])
-        if input is not None:
+        if ctx.needs_input_grad[1]:
             weight_grad = flat.t() @ input.reshape(-1, input.shape[-1])
             ctx.sink.take_matrix(ctx.layer, grad, input, weight_grad)
         if ctx.needs_input_grad[2]:
@@ -127,7 +133,7 @@ class _Conv1D(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, layer: OwnedLayer, sink: Sink) -> Tensor:
         ctx.layer, ctx.sink = layer, sink
-        _save_factors(ctx, input, weight)
+        ctx.save_for_backward(*_factors(ctx, input, weight))
         flat = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight)
         return flat.view(*input.shape[:-1], weight.shape[1])
 
@@ -230,7 +236,8 @@ class _GroupNorm(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, layer: OwnedLayer, sink: Sink
     ) -> Tensor:
         ctx.layer, ctx.sink, ctx.groups = layer, sink, groups
-        input = input.contiguous()
+        ctx.memory_format = _memory_format(input)
+        input = input.contiguous(memory_format=ctx.memory_format)
         ctx.sizes = input.shape[0], input.shape[1], input.shape[2:].numel()
         normed: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_group_norm(
             input, weight, bias, *ctx.sizes, groups, eps
@@ -243,7 +250,7 @@ class _GroupNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, rstd = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = grad.contiguous(memory_format=ctx.memory_format)
         grads = torch.ops.aten.native_group_norm_backward(
             grad, input, mean, rstd, weight, *ctx.sizes, ctx.groups, list(ctx.needs_input_grad[:3])
         )
@@ -251,6 +258,15 @@ class _GroupNorm(torch.autograd.Function):
         channels_last = normalised.reshape(ctx.sizes).transpose(1, 2), grad.reshape(ctx.sizes).transpose(1, 2)
         ctx.sink.take_norm(ctx.layer, *channels_last)
         return *grads, None, None, None, None
+
+
+def _memory_format(input: Tensor) -> torch.memory_format:
+    """The one that torch's group norm computes in, on a CPU that of its input."""
+    if input.device.type == "cpu" and input.dim() in (4, 5) and not input.is_contiguous():
+        channels_last = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
+        if input.is_contiguous(memory_format=channels_last):
+            return channels_last
+    return torch.contiguous_format
 
 
 class _Convolution(torch.autograd.Function):
@@ -304,18 +320,14 @@ def _windows(
     return places_first.flatten(2 + dims).flatten(1, dims)
 
 
-def _save_factors(ctx: Any, input: Tensor, weight: Tensor) -> None:
-    """Save what autograd would: the input for the weight's gradient, the weight for the input's."""
-    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+def _factors(ctx: Any, input: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What autograd would save: the input for the weight's gradient, the weight for the input's."""
+    return input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
 
 
 def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     _forbid_autocast(layer, input)
-    output = _apply(_Linear, input, layer.module.weight, layer.module.bias, layer, sink)
-    if layer.is_output and output.requires_grad:
-        # Of the values, not of the output itself, which the hook would keep alive as long as itself.
-        output.register_hook(partial(sink.take_logits, layer, output.detach()))
-    return output
+    return _apply(_Linear, input, layer.module.weight, layer.module.bias, layer, sink)
 
 
 def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:
@@ -350,6 +362,11 @@ def _group_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
 def _convolution(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     _forbid_autocast(layer, input)
     module: Any = layer.module
+    if input.dim() != 2 + len(module.kernel_size):
+        raise LedgerError(
+            f"record: convolution {layer.name!r} got an input of shape {tuple(input.shape)}, expected one with samples "
+            f"along dimension 0 and {1 + len(module.kernel_size)} more; add the dimension with unsqueeze(0)"
+        )
     # Of every dimension, the last one first: what is added before and after.
     sides = list(zip(*[iter(module._reversed_padding_repeated_twice)] * 2, strict=True))
     padding = tuple(min(pair) for pair in reversed(sides))

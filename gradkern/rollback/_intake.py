@@ -60,12 +60,13 @@ class Intake:
         ownership: What is recorded.
         shadows: Receives the exact sums.
         rank: Most rows kept of a matrix's factors per sample.
+        is_declared: See :func:`~gradkern.rollback._curvature.measure_bends`.
 
     Attributes:
         paused: See :class:`gradkern.rollback._capture.Sink`.
     """
 
-    def __init__(self, ownership: Ownership, shadows: Shadows, rank: int) -> None:
+    def __init__(self, ownership: Ownership, shadows: Shadows, rank: int, *, is_declared: bool = False) -> None:
         self._streams = ownership.layout.streams
         self._shadows = shadows
         self._starts: dict[int, Tensor] = {}
@@ -78,6 +79,8 @@ class Intake:
                 start = torch.randn(min(rank, rows, columns), columns, generator=generator)
                 self._starts[index] = start.to(parameter.device)
         self.paused = False
+        self._is_declared = is_declared
+        self._scale: float | None = None
         self._ids: Tensor | None = None
         self._first_visit: int | None = None
         self._compare = False
@@ -136,7 +139,8 @@ class Intake:
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
-        bends = measure_bends(self._per_sample(layer, logits), self._per_sample(layer, grad))
+        logits, grad = self._per_sample(layer, logits), self._per_sample(layer, grad)
+        bends, self._scale = measure_bends(logits, grad, scale=self._scale, is_declared=self._is_declared)
         self._visits.bends.append((self._visit_numbers(layer), bends))
 
     def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:

@@ -118,8 +118,8 @@ class Ledger:
             loss_fn: ``(output, target) -> scalar``; any scalar function of the output works.
             estimator: ``"ref"``: what the sample's own recorded steps did and how later steps reacted to it, by the
                 reweighted empirical Fisher matrix of their samples; for losses that are a cross-entropy.
-                ``"direct"``: without the reaction. None takes ``"ref"``, and with a warning ``"direct"`` where the
-                ledger lacks what ``"ref"`` needs.
+                ``"direct"``: without the reaction. None takes ``"ref"``, and for ``mode="run"`` with a warning
+                ``"direct"`` where the ledger lacks what ``"ref"`` needs.
             mode: ``"run"``: what would have become of this very run, same order and same start. ``"expected"``: of
                 runs like it on average, by half of the reaction; ``"ref"`` alone.
 
@@ -157,7 +157,7 @@ class Ledger:
         """Score every recorded sample; arguments and errors as for :meth:`explain`.
 
         Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
-        recorded parameter's size for each query.
+        recorded parameter's size for each query; the time is mostly that of reading where queries are few.
 
         Args:
             model: See there; likewise what follows.
@@ -189,7 +189,7 @@ class Ledger:
             if info.owned
         }
         each = [_query_gradients(model, owned, query, loss_fn) for query in queries]
-        gradients = {index: torch.stack([gradient[index] for gradient in each]) for index in owned}
+        gradients = {index: torch.stack([gradient.pop(index) for gradient in each]) for index in owned}
         curvature = _CURVATURE[asked_for, mode]
         try:
             found = sweep(self._layout, gradients, self._segments_from_last(), curvature)

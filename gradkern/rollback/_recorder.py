@@ -73,9 +73,13 @@ def record(
         unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as BatchNorm's.
         shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
             a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.
-        output: Name of the Linear whose outputs are the logits of a cross-entropy, for the estimators that follow
-            later steps. None takes the last one in ``model.named_modules()``. Where its gradients are not those of a
-            cross-entropy with one right class a row, nothing is kept and those estimators refuse the ledger.
+        output: Name of the trained Linear whose outputs are the logits of a cross-entropy, for the estimators that
+            follow later steps. None takes the last one in ``model.named_modules()`` and checks that its gradients are
+            those of a cross-entropy with one right class a row and one weight for all rows of a micro-batch; where
+            they are not, nothing is kept and those estimators refuse the ledger. A name vouches for it, rows may then
+            have weights of their own (``weight=`` of the classes, means over sequences of unequal length). Terms of
+            the loss that do not go through these logits bend it too, which nobody notices: leave such runs to
+            ``"direct"``.
 
     Note:
         Inputs of recorded layers must be sample-major: dimension 0 is the micro-batch, or the rows of the first
@@ -132,7 +136,7 @@ class Recorder:
         self._model_parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._require_fresh(optimizer)
         self._shadows = Shadows(self._parameters, self._layout.parameters)
-        self._intake = Intake(ownership, self._shadows, rank)
+        self._intake = Intake(ownership, self._shadows, rank, is_declared=output is not None)
         self._steps_per_segment = steps_per_segment
         self._pending: list[StepRecord] = []
         self._pending_bytes = 0

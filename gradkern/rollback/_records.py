@@ -99,7 +99,8 @@ class MatrixRecord(Record):
         """See :meth:`Record.add_to`."""
         left, right = self._rows()
         scaled = left * coefficients.repeat_interleave(self.left.shape[1], dim=1).unsqueeze(-1)
-        sums.flatten(2).baddbmm_(scaled.transpose(1, 2), right.expand(len(sums), -1, -1))
+        matrices = sums.view(len(sums), sums.shape[1], -1)
+        matrices.baddbmm_(scaled.transpose(1, 2), right.expand(len(sums), -1, -1))
 
     def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Both factors, one row for each direction of each entry."""
@@ -130,14 +131,16 @@ class EmbeddingRecord(Record):
 
     def inner(self, weights: torch.Tensor) -> torch.Tensor:
         """See :meth:`Record.inner`."""
-        rows = dequantize_rows(self.left, self.left_scale) @ weights[:, self.index]
-        return (rows * dequantize_rows(self.right, self.right_scale)).sum(dim=(2, 3))
+        left, right = dequantize_rows(self.left, self.left_scale), dequantize_rows(self.right, self.right_scale)
+        # One after the other: the rows of all would be as large as several embeddings.
+        return torch.stack([((left @ weight[self.index]) * right).sum(dim=(1, 2)) for weight in weights])
 
     def add_to(self, sums: torch.Tensor, coefficients: torch.Tensor) -> None:
         """See :meth:`Record.add_to`."""
         left, right = dequantize_rows(self.left, self.left_scale), dequantize_rows(self.right, self.right_scale)
-        rows = (left.transpose(1, 2) @ right) * coefficients[:, :, None, None]
-        sums.index_add_(1, self.index.flatten(), rows.flatten(1, 2))
+        rows = left.transpose(1, 2) @ right
+        for each, scale in zip(sums, coefficients, strict=True):
+            each.index_add_(0, self.index.flatten(), (rows * scale[:, None, None]).flatten(0, 1))
 
 
 @dataclass(frozen=True, slots=True)

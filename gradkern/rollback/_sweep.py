@@ -42,8 +42,8 @@ class Swept:
         ids: The different sample ids, ascending, int64, shape ``(samples,)``.
         scores: How much each function would rise had a sample's steps not been taken, fp64, shape
             ``(functions, samples)``.
-        growth: ``‖λ‖`` at the first step over that at the last, shape ``(functions,)``, above 1 where the sweep has
-            gone wild; 0 for a function without a gradient.
+        growth: ``‖λ‖`` at the first step over that at the last, shape ``(functions,)``, well above 1 where the sweep
+            has gone wild; 0 for a function without a gradient.
     """
 
     ids: Tensor

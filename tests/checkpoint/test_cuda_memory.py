@@ -155,6 +155,19 @@ def test_a_cap_is_a_share_of_the_gpu(stand_in):
         pass
 
 
+@needs_hook
+def test_peaks_and_caps_do_not_nest(stand_in):
+    meter = CudaMeter(GPU)
+    with meter, pytest.raises(RuntimeError, match="being measured already"):
+        CudaMeter(GPU).__enter__()
+    with CudaMeter(GPU):
+        pass
+    with enforce_cuda(10**11, GPU), pytest.raises(RuntimeError, match=r"on cuda:0 already; enforce cannot be nested"):
+        enforce_cuda(10**10, GPU).__enter__()
+    with enforce_cuda(10**11, GPU):
+        pass
+
+
 def test_memory_of_a_storage_comes_in_blocks():
     assert [CudaMemory(GPU).size_of(torch.zeros(n).untyped_storage()) for n in (0, 1, 128, 129)] == [0, 512, 512, 1024]
     assert not CudaMemory(GPU).owns(torch.zeros(1).untyped_storage())
@@ -167,5 +180,7 @@ def test_the_device_of_a_model():
         assert device_of("here", there[0], {"step": torch.tensor(0.0)}) == GPU
         with pytest.raises(ValueError, match=r"here measures .* got tensors on cuda:0, cuda:1"):
             device_of("here", there)
+        with pytest.raises(ValueError, match=r"got tensors on cpu, cuda:0"):
+            device_of("here", there[0], torch.zeros(3))
     with pytest.raises(ValueError, match="got tensors on meta"):
         measure_peak(lambda: None, model=nn.Linear(2, 2, device="meta"))

@@ -102,6 +102,7 @@ CONVOLUTIONS = {
     "3d": (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (5, 2, 4, 5, 6)),
     "group norm": (nn.GroupNorm(2, 6), (5, 6, 3, 4)),
     "group norm of vectors": (nn.GroupNorm(3, 6), (5, 6)),
+    "group norm, channels last": (nn.GroupNorm(2, 6), (5, 6, 3, 4)),
     "rms norm": (nn.RMSNorm(6), (5, 3, 6)),
     "rms norm, two dimensions": (nn.RMSNorm((3, 6), eps=1e-3), (5, 3, 6)),
 }
@@ -112,7 +113,10 @@ CONVOLUTIONS = {
 def test_convolutions_and_norms_have_the_same_bits(name):
     module, shape = CONVOLUTIONS[name]
     torch.manual_seed(0)
-    assert_same_bits(nn.Sequential(module), torch.randn(shape))
+    values = torch.randn(shape)
+    if "channels last" in name:
+        values = values.to(memory_format=torch.channels_last)
+    assert_same_bits(nn.Sequential(module), values)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -140,6 +144,14 @@ def test_convolutions_and_norms_are_recorded_by_sample(name, tmp_path):
             sums = torch.zeros(1, *expected[stream].shape)
             record.add_to(sums, torch.eye(5)[sample : sample + 1])
             torch.testing.assert_close(sums[0], found)
+
+
+def test_a_convolution_of_one_sample_without_its_dimension_is_refused(tmp_path):
+    model = nn.Conv1d(2, 3, 2)
+    optimizer = gk.SGD(model.parameters(), lr=0.1)
+    refused = pytest.raises(LedgerError, match=r"convolution '' got an input of shape \(2, 5\).*unsqueeze\(0\)")
+    with gk.rollback.record(model, optimizer, tmp_path / "run"), refused:
+        model(torch.randn(2, 5))
 
 
 def test_norms_of_transformers_are_known_by_what_they_compute():

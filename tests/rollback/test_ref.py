@@ -11,6 +11,7 @@ from test_direct import stored_gradients
 from torch import nn
 
 import gradkern as gk
+from gradkern.checkpoint import measure_peak
 from gradkern.errors import LedgerError, UnstableInfluenceError
 from gradkern.rollback import _ledger
 from gradkern.rollback._smoothing import unsmooth
@@ -170,3 +171,50 @@ def test_a_query_that_depends_on_no_parameter_is_refused(loss_fn, token_model, t
     run = train(token_model, token_data(), steps=2)
     with pytest.raises(ValueError, match="depends on no recorded parameter"):
         run.ledger().explain(token_model, token_data()[:1], loss_fn=loss_fn)
+
+
+class ChangesItsLogits(Regression):
+    def forward(self, x):
+        return super().forward(x).mul_(20)
+
+
+def test_logits_that_are_changed_in_place_are_not_taken_for_those_of_the_loss(tmp_path):
+    torch.manual_seed(0)
+    model = ChangesItsLogits()
+    optimizer = gk.AdamW(model.parameters())
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder:
+        with recorder.batch(range(6)):
+            nn.functional.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 2).backward()
+        optimizer.step()
+    (segment,) = gk.rollback.open(tmp_path / "run")._segments_from_last()
+    assert segment.curvature.isnan().sum() >= 5  # one of them sets the scale
+
+
+def test_rows_may_have_weights_of_their_own_where_the_layer_is_named(tmp_path):
+    labels, weight = torch.arange(5) % 2, torch.tensor([1.0, 3.0])
+
+    def loss(y):
+        return nn.functional.cross_entropy(y, labels, weight=weight)
+
+    for name in (None, "head"):
+        _, ledger = record_regression(tmp_path / str(name), loss, output=name)
+        (segment,) = ledger._segments_from_last()
+        assert bool(segment.curvature.isnan().any()) == (name is None)
+
+
+def test_nothing_is_held_for_the_logits(tmp_path):
+    """The output layer's logits are computed once more in backward, not kept until then."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4000))
+    optimizer = gk.SGD(model.parameters(), lr=0.1)
+    inputs, labels = torch.randn(64, 4), torch.zeros(64, dtype=torch.int64)
+    held = {}
+
+    def forward():
+        return nn.functional.cross_entropy(model(inputs), labels)
+
+    held["plain"] = measure_peak(lambda: forward(), model=model)
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder, recorder.batch(range(64)):
+        held["recorded"] = measure_peak(lambda: forward(), model=model)
+    after = {name: found.timeline[-1][1] - found.start_bytes for name, found in held.items()}
+    assert after["recorded"] - after["plain"] < 64 * 4000  # of 4 bytes each
