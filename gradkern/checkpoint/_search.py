@@ -28,7 +28,7 @@ __all__ = ["Found", "Profile", "SavingSets", "fit", "profile"]
 _MAX_CORRECTIONS = 8
 
 # Sets of held outputs that are run even of units that have no equal.
-_LEAST_TRIES = 3
+_LEAST_TRIES = 6
 
 # Nesting makes something of three units at least, and its longer way through Python is paid for by so much less time.
 _LEAST_NESTED = 3
