@@ -210,7 +210,7 @@ def test_arguments():
         simulated(case, shards=0)
     with pytest.raises(TypeError, match="shards must be an int"):
         simulated(case, shards=True)
-    with pytest.raises(ValueError, match="on meta"):
+    with pytest.raises(ValueError, match="got tensors on cpu, meta"):
         plan(case.model.to("meta"), case.batch, case.loss_fn, budget="1 GiB")
 
 
