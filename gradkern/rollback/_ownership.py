@@ -186,12 +186,12 @@ def _kind(module: nn.Module) -> LayerKind | None:
     # Recognised by name, so that transformers need not be installed.
     if layer_type.__name__ == "Conv1D" and layer_type.__module__ == "transformers.pytorch_utils":
         return LayerKind.CONV1D
-    if layer_type.__module__.startswith("transformers.") and is_plain_rms_norm(module):
+    if layer_type.__module__.startswith("transformers.") and _is_plain_rms_norm(module):
         return LayerKind.RMS_NORM
     return None
 
 
-def is_plain_rms_norm(module: nn.Module) -> bool:
+def _is_plain_rms_norm(module: nn.Module) -> bool:
     """Whether a module is one of the many copies of Llama's norm in transformers: by what it computes."""
     weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
     if weight is None or weight.dim() != 1 or not isinstance(eps, float):
