@@ -136,34 +136,33 @@ def retrained_losses(setting: Setting, seed: int, kept: Tensor) -> Tensor:
         Shape ``(models, tests)``.
     """
     model = setting.model(seed)
-    count = len(kept)
-    params = {name: param.detach().expand(count, *param.shape).clone() for name, param in model.named_parameters()}
-    first = {name: torch.zeros_like(param) for name, param in params.items()}
-    second = {name: torch.zeros_like(param) for name, param in params.items()}
+    params = {
+        name: nn.Parameter(param.detach().expand(len(kept), *param.shape).clone())
+        for name, param in model.named_parameters()
+    }
+    # Element by element, so that one optimizer steps them all.
+    optimizer = torch.optim.AdamW(params.values(), lr=setting.lr, weight_decay=setting.weight_decay)
 
     def loss(params: dict[str, Tensor], inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         rows = nn.functional.cross_entropy(functional_call(model, params, inputs), labels, reduction="none")
         return (rows * weights).sum() / weights.sum().clamp_min(1)
 
     gradients_of = vmap(grad(loss), in_dims=(0, None, None, 0))
-    for step, rows in enumerate(setting.batches(seed), start=1):
+    for rows in setting.batches(seed):
         gradients = gradients_of(params, setting.inputs[rows], setting.labels[rows], kept[:, rows].float())
         norms = torch.stack([each.flatten(1).square().sum(1) for each in gradients.values()]).sum(0).sqrt()
         clip = (setting.max_norm / (norms + 1e-6)).clamp_max(1.0)
         for name, gradient in gradients.items():
-            gradient = gradient * clip.reshape(-1, *[1] * (gradient.dim() - 1))
-            first[name].lerp_(gradient, 0.1)
-            second[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            denominator = (second[name] / (1 - 0.999**step)).sqrt_().add_(1e-8)
-            params[name].mul_(1 - setting.lr * setting.weight_decay)
-            params[name].addcdiv_(first[name], denominator, value=-setting.lr / (1 - 0.9**step))
+            params[name].grad = gradient.detach() * clip.detach().reshape(-1, *[1] * (gradient.dim() - 1))
+        optimizer.step()
 
     def test_losses(params: dict[str, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(
             functional_call(model, params, setting.test_inputs), setting.test_labels, reduction="none"
         )
 
-    return vmap(test_losses)(params)
+    with torch.no_grad():
+        return vmap(test_losses)(params)
 
 
 def datamodeling_score(scores: Tensor, kept: Tensor, losses: Tensor) -> float:

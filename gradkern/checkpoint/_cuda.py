@@ -47,21 +47,18 @@ class CudaMemory:
                 "let the outer one finish first"
             )
         _recorded.add(self._device)
-        self.take_peak()
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def stop_recording(self) -> None:
         """Let others record."""
         _recorded.discard(self._device)
 
     def take_peak(self) -> int:
-        """Return the largest live bytes since the last call."""
+        """Wait for the GPU and return the largest live bytes since the last call."""
+        torch.cuda.synchronize(self._device)
         peak_bytes = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         return peak_bytes
-
-    def wait(self) -> None:
-        """Until the GPU has done what it was told to."""
-        torch.cuda.synchronize(self._device)
 
     def owns(self, storage: torch.UntypedStorage) -> bool:
         """Whether ``live_bytes`` counts it: all that is there."""

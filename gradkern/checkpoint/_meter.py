@@ -113,7 +113,7 @@ class Machine:
     def clock(self) -> float:
         """Return a monotonic time."""
         if self._device.type == "cuda":
-            CudaMemory(self._device).wait()
+            torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
     def link(self, device: torch.device) -> Link | None:
@@ -141,25 +141,17 @@ def _select_seconds() -> float:
 def make_meter(device: torch.device = _CPU) -> Meter:
     """Return a meter of a device: of the CPU the allocator hook where it is available, else the profiler."""
     if device.type == "cuda":
-        return CudaMeter(device)
+        return AllocatorMeter(CudaMemory(device))
     try:
         return AllocatorMeter(load_allocator())
     except BackendUnavailableError:
         return ProfilerMeter()
 
 
-class _CountsAll:
-    """Counts every byte of a tensor."""
+class AllocatorMeter:
+    """Counts with the allocator hook, exact and blind to nothing, or on a GPU with torch's own counter."""
 
-    def bytes_of(self, tensor: Tensor) -> int:
-        """Bytes of its dense parts."""
-        return sum(part.untyped_storage().nbytes() for part in dense_parts(tensor))
-
-
-class AllocatorMeter(_CountsAll):
-    """Counts with the allocator hook: exact, and blind to nothing that torch allocates on the CPU."""
-
-    def __init__(self, allocator: CountingAllocator) -> None:
+    def __init__(self, allocator: CountingAllocator | CudaMemory) -> None:
         self.allocator: Memory | None = allocator
         self._allocator = allocator
         self.marks: list[Mark] = []
@@ -179,7 +171,11 @@ class AllocatorMeter(_CountsAll):
     ) -> None:
         self.mark()
         self._allocator.stop_recording()
-        self.timeline = [(seconds, nbytes - self._start_bytes) for seconds, nbytes in self._allocator.timeline()]
+        if isinstance(self._allocator, CudaMemory):
+            # Of single allocations it tells only with a history of all.
+            self.timeline = [(mark.time_s - self.marks[0].time_s, mark.live_bytes) for mark in self.marks]
+        else:
+            self.timeline = [(seconds, nbytes - self._start_bytes) for seconds, nbytes in self._allocator.timeline()]
 
     def mark(self) -> None:
         """Close the current interval and begin the next."""
@@ -187,47 +183,12 @@ class AllocatorMeter(_CountsAll):
         peak = self._allocator.take_peak() - self._start_bytes
         self.marks.append(Mark(live, peak, time.perf_counter()))
 
-
-class CudaMeter:
-    """Counts as ``torch.cuda.memory`` does; every mark waits for the GPU.
-
-    The timeline holds the marks alone: of single allocations torch tells only with a history of all.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.allocator: Memory | None = CudaMemory(device)
-        self._memory = CudaMemory(device)
-        self.marks: list[Mark] = []
-        self.timeline: list[tuple[float, int]] = []
-
-    def __enter__(self) -> CudaMeter:
-        self._memory.start_recording()
-        self._start_bytes = self._memory.live_bytes
-        self.mark()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._memory.stop_recording()
-        self.mark()
-        self.timeline = [(mark.time_s - self.marks[0].time_s, mark.live_bytes) for mark in self.marks]
-
-    def mark(self) -> None:
-        """Close the current interval and begin the next."""
-        self._memory.wait()
-        live, peak = self._memory.live_bytes, self._memory.take_peak()
-        self.marks.append(Mark(live - self._start_bytes, peak - self._start_bytes, time.perf_counter()))
-
     def bytes_of(self, tensor: Tensor) -> int:
-        """Bytes of the blocks of its dense parts."""
-        return sum(self._memory.size_of(part.untyped_storage()) for part in dense_parts(tensor))
+        """Bytes that it counts for the dense parts of a tensor."""
+        return sum(self._allocator.size_of(part.untyped_storage()) for part in dense_parts(tensor))
 
 
-class ProfilerMeter(_CountsAll):
+class ProfilerMeter:
     """Counts by the allocation events of ``torch.profiler``: same bytes, slower, known only afterwards.
 
     Frees of blocks allocated before the meter started carry no size in torch's events and are not seen.
@@ -263,6 +224,10 @@ class ProfilerMeter(_CountsAll):
         self._mark_times.append(time.perf_counter())
         with record_function(self._MARK):
             pass
+
+    def bytes_of(self, tensor: Tensor) -> int:
+        """Bytes of the dense parts of a tensor."""
+        return sum(part.untyped_storage().nbytes() for part in dense_parts(tensor))
 
     def _read_events(self) -> None:
         """Replay the events in order of time."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from gradkern.checkpoint._job import HoldsBytes
     from gradkern.checkpoint._validate import Validation
 
-__all__ = ["Plan", "infeasible"]
+__all__ = ["Plan", "choose", "infeasible", "least_peak"]
 
 _FORMAT = "gradkern.checkpoint.plan"
 _VERSION = 3
@@ -186,7 +186,7 @@ class Plan:
             TypeError: ``budget`` is neither ``int`` nor ``str``.
             ValueError: ``budget`` does not parse or is not positive.
         """
-        return choose(self, self._costs, parse_bytes(budget))
+        return choose(self, self._costs, self._least_bytes, parse_bytes(budget))
 
     def pareto(self, count: int = 40) -> list[tuple[int, float]]:
         """What budgets cost: (peak in bytes, seconds added), as modelled, the smallest peak first.
@@ -205,7 +205,7 @@ class Plan:
             raise TypeError(f"pareto: count must be an int, got {type(count).__name__}")
         if count < 2:
             raise ValueError(f"pareto: count must be at least 2, got {count}")
-        low = _least_bytes(self, self._costs)
+        low = self._least_bytes
         high = self.fixed_bytes + max(peak_of(self._costs, (0,) * len(self._costs)), self.floor_bytes)
         budgets = {low + (high - low) * at // (count - 1) for at in range(count)}
         plans = [self.for_budget(budget) for budget in sorted(budgets)]
@@ -335,6 +335,11 @@ class Plan:
         return [[option.cost for option in unit.alone] for unit in self.units]
 
     @functools.cached_property
+    def _least_bytes(self) -> int:
+        """The smallest peak without nesting, as modelled."""
+        return least_peak(self, self._costs)
+
+    @functools.cached_property
     def _id(self) -> str:
         """Tells plans apart, across processes, by what they do and promise."""
         chosen = replace(self, units=tuple(replace(unit, options=(unit.chosen,)) for unit in self.units))
@@ -413,18 +418,18 @@ def infeasible(budget_bytes: int, least_feasible_bytes: int, how: str = "") -> P
     )
 
 
-def choose(plan: Plan, costs: list[list[Option]], budget_bytes: int) -> Plan:
+def choose(plan: Plan, costs: list[list[Option]], least_bytes: int, budget_bytes: int) -> Plan:
     """Choose for a budget as ``Plan.for_budget`` does, from costs that need not be those of the plan's options.
 
     Args:
         plan: What it says of bytes beside the units holds.
         costs: Of every unit's options that can be chosen alone.
+        least_bytes: What :func:`least_peak` found for them.
         budget_bytes: Of the whole step.
 
     Raises:
         PlanInfeasibleError: No choice fits, as modelled.
     """
-    least_bytes = _least_bytes(plan, costs)
     capacity = min(budget_bytes - plan.fixed_bytes, MOST_BYTES)
     solution = None if capacity < plan.floor_bytes else solve(costs, capacity, chain=fastest_chain())
     if solution is None and (plan.segments or plan.offloads) and plan.predicted_peak_bytes <= budget_bytes:
@@ -446,6 +451,6 @@ def choose(plan: Plan, costs: list[list[Option]], budget_bytes: int) -> Plan:
     )
 
 
-def _least_bytes(plan: Plan, costs: list[list[Option]]) -> int:
+def least_peak(plan: Plan, costs: list[list[Option]]) -> int:
     """The smallest peak without nesting, as modelled."""
     return plan.fixed_bytes + max(fastest_chain()(costs).least_capacity()[0], plan.floor_bytes)

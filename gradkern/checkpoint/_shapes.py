@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gradkern.checkpoint._plan import Plan, choose
+from gradkern.checkpoint._plan import Plan, choose, least_peak
 from gradkern.checkpoint._solver import Option
 from gradkern.checkpoint._unit_plan import KEEP, UnitOption
 from gradkern.errors import PlanInfeasibleError
@@ -197,7 +197,8 @@ class _Costs:
             for unit, (forward_s, backward_s) in zip(self._plan.units, seconds(self._unit_s).tolist(), strict=True)
         ]
         totals = dict(zip(_TOTALS, nbytes(self._totals), strict=True))
-        chosen = choose(replace(self._plan, **totals, units=tuple(timed)), costs, budget_bytes)
+        plan = replace(self._plan, **totals, units=tuple(timed))
+        chosen = choose(plan, costs, least_peak(plan, costs), budget_bytes)
         # Of hundreds of options a plan for one batch need not tell more than what was chosen and what it spares.
         units = []
         for unit, options in zip(chosen.units, costs, strict=True):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gradkern.checkpoint import _here, _peak, allocator_unavailable_reason, measure_peak, plan
 from gradkern.checkpoint._allocator import load_allocator
 from gradkern.checkpoint._cuda import CudaMemory, enforce_cuda
-from gradkern.checkpoint._meter import AllocatorMeter, CudaMeter
+from gradkern.checkpoint._meter import AllocatorMeter
 from gradkern.checkpoint._storages import device_of
 from gradkern.errors import BudgetExceededError
 
@@ -101,7 +101,7 @@ def test_marks_are_those_of_the_hook(monkeypatch):
     expected = work(AllocatorMeter(load_allocator()))
     made = StandIn(monkeypatch)
     try:
-        meter = CudaMeter(GPU)
+        meter = AllocatorMeter(CudaMemory(GPU))
         assert work(meter) == expected
     finally:
         made.stop()
@@ -157,10 +157,10 @@ def test_a_cap_is_a_share_of_the_gpu(stand_in):
 
 @needs_hook
 def test_peaks_and_caps_do_not_nest(stand_in):
-    meter = CudaMeter(GPU)
+    meter = AllocatorMeter(CudaMemory(GPU))
     with meter, pytest.raises(RuntimeError, match="being measured already"):
-        CudaMeter(GPU).__enter__()
-    with CudaMeter(GPU):
+        AllocatorMeter(CudaMemory(GPU)).__enter__()
+    with AllocatorMeter(CudaMemory(GPU)):
         pass
     with enforce_cuda(10**11, GPU), pytest.raises(RuntimeError, match=r"on cuda:0 already; enforce cannot be nested"):
         enforce_cuda(10**10, GPU).__enter__()

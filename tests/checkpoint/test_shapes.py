@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import random
 
@@ -28,6 +29,7 @@ def batch_of(length):
 def trained():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.collect()  # of other tests, before what lives is counted
     case = gpt2(dropout=0.0, layers=6)
     optimizer = torch.optim.AdamW(case.model.parameters())
     case.cycle(optimizer)
