@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from gradkern._import_path import import_function
 from gradkern.checkpoint import Plan, plan
 from gradkern.info import report
+from gradkern.ledger_commands import ledger
 from gradkern.loss import Batch, LossFn
 
 __all__ = ["app"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What happens between backward and forward.")
+
+app.add_typer(ledger, name="ledger")
 
 # Passes over a model that most searches take.
 _USUAL_PASSES = 7
@@ -135,10 +136,7 @@ def _built(source: str, batch: str, dtype: torch.dtype) -> tuple[nn.Module, Batc
 
 def _imported(source: str) -> tuple[nn.Module, Batch, LossFn | None]:
     """What ``module:function`` returns."""
-    name, _, attribute = source.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    function = getattr(importlib.import_module(name), attribute)
+    function = import_function(source)
     with torch.device("meta"):
         made = function()
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):

@@ -12,6 +12,7 @@ __all__ = [
     "GradkernError",
     "LedgerError",
     "PlanInfeasibleError",
+    "UndoRefusedError",
     "UnstableInfluenceError",
 ]
 
@@ -42,6 +43,10 @@ class PlanInfeasibleError(GradkernError):
 
 class LedgerError(GradkernError):
     """A rollback ledger is missing, damaged, already there, or belongs to another model."""
+
+
+class UndoRefusedError(GradkernError):
+    """Taking samples back by what is known of them would harm the model rather than restore it."""
 
 
 class UnstableInfluenceError(GradkernError):

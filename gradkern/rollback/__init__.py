@@ -5,10 +5,13 @@ The thing on disk is a *ledger*. :func:`record` writes one while a model trains,
 
 from __future__ import annotations
 
+from gradkern.rollback._compact import compact
 from gradkern.rollback._conservation import Balance
 from gradkern.rollback._ledger import Influence, Ledger, Scores
 from gradkern.rollback._ledger import open_ledger as open
 from gradkern.rollback._recorder import RecordableOptimizer, Recorder, record
+from gradkern.rollback._replay import Replay
+from gradkern.rollback._undo import Undone
 from gradkern.rollback._verify import Check, Compression, VerifyReport
 
 __all__ = [
@@ -19,8 +22,11 @@ __all__ = [
     "Ledger",
     "RecordableOptimizer",
     "Recorder",
+    "Replay",
     "Scores",
+    "Undone",
     "VerifyReport",
+    "compact",
     "open",
     "record",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,6 +43,7 @@ class Shadows:
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], infos: Sequence[ParameterInfo]) -> None:
+        self._names = [info.name for info in infos]
         self._gradients: dict[int, torch.Tensor] = {}
         self._momenta: dict[int, torch.Tensor] = {}
         self._deltas: dict[int, torch.Tensor] = {}
@@ -109,6 +111,24 @@ class Shadows:
         self._momentum_roundings[index] = rounding
         amplified = rounding * float(torch.linalg.vector_norm(preconditioner))
         self.roundings[index] = abs(update.decay) * self.roundings[index] + amplified
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later steps build on; the tensors are those in use."""
+        return {
+            "momenta": {self._names[index]: momentum for index, momentum in self._momenta.items()},
+            "deltas": {self._names[index]: delta for index, delta in self._deltas.items()},
+            "decays": list(self.decays),
+            "roundings": list(self.roundings),
+            "momentum_roundings": list(self._momentum_roundings),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave; tensors are copied."""
+        for own, given in ((self._momenta, state["momenta"]), (self._deltas, state["deltas"])):
+            for index, tensor in own.items():
+                tensor.copy_(given[self._names[index]])
+        self.decays, self.roundings = list(state["decays"]), list(state["roundings"])
+        self._momentum_roundings = list(state["momentum_roundings"])
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""

@@ -24,12 +24,14 @@ class Visits:
 
     Attributes:
         ids: The sample ids of each micro-batch.
+        states: Of each, the state of torch's generator before it; empty where those are not kept.
         records: ``(stream, record)``; a record's ``visit`` counts from the first row of ``ids``.
         fidelity: ``(stream, comparison)`` for the samples that were compared exactly.
         bends: Numbers of visits, and what :func:`~gradkern.rollback._curvature.measure_bends` found for them.
     """
 
     ids: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     records: list[tuple[int, Record]] = field(default_factory=list)
     fidelity: list[tuple[int, Fidelity]] = field(default_factory=list)
     bends: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -64,6 +66,7 @@ class Intake:
 
     Attributes:
         paused: See :class:`gradkern.rollback._capture.Sink`.
+        scale: Of the loss, see :func:`~gradkern.rollback._curvature.measure_bends`.
     """
 
     def __init__(self, ownership: Ownership, shadows: Shadows, rank: int, *, is_declared: bool = False) -> None:
@@ -80,8 +83,9 @@ class Intake:
                 self._starts[index] = start.to(parameter.device)
         self.paused = False
         self._is_declared = is_declared
-        self._scale: float | None = None
+        self.scale: float | None = None
         self._ids: Tensor | None = None
+        self._state: Tensor | None = None
         self._first_visit: int | None = None
         self._compare = False
         self._visits = Visits()
@@ -91,9 +95,20 @@ class Intake:
         """True between :meth:`begin` and :meth:`end`."""
         return self._ids is not None
 
-    def begin(self, ids: Tensor, compare: bool) -> None:
-        """Attribute what follows to ``ids``; ``compare`` measures the first sample's compression exactly."""
-        self._ids, self._first_visit, self._compare = ids, None, compare
+    @property
+    def waiting_visits(self) -> int:
+        """How many visits wait for a step."""
+        return self._visits.count
+
+    def begin(self, ids: Tensor, compare: bool, state: Tensor | None) -> None:
+        """Attribute what follows to ``ids``.
+
+        Args:
+            ids: Shape ``(B,)``.
+            compare: Whether to measure the first sample's compression exactly.
+            state: Of torch's generator, to keep.
+        """
+        self._ids, self._first_visit, self._compare, self._state = ids, None, compare, state
 
     def end(self) -> None:
         """Attribute nothing any more."""
@@ -140,7 +155,7 @@ class Intake:
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         logits, grad = self._per_sample(layer, logits), self._per_sample(layer, grad)
-        bends, self._scale = measure_bends(logits, grad, scale=self._scale, is_declared=self._is_declared)
+        bends, self.scale = measure_bends(logits, grad, scale=self.scale, is_declared=self._is_declared)
         self._visits.bends.append((self._visit_numbers(layer), bends))
 
     def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
@@ -200,6 +215,8 @@ class Intake:
         if self._first_visit is None:
             self._first_visit = self._visits.count
             self._visits.ids.append(ids)
+            if self._state is not None:
+                self._visits.states.append(self._state)
         return torch.arange(self._first_visit, self._first_visit + len(ids), dtype=torch.int32)
 
     def _per_sample(self, layer: OwnedLayer, tensor: Tensor) -> Tensor:

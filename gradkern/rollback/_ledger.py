@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,24 @@ from gradkern.loss import Batch, LossFn, compute_loss
 from gradkern.rollback._audit import RecordAudit
 from gradkern.rollback._conservation import Balance, balance
 from gradkern.rollback._layout import digest_parameters
+from gradkern.rollback._replay import Replay, Replayer
+from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import Segment
-from gradkern.rollback._store import StoreReader
+from gradkern.rollback._store import FileEntry, StoreReader
 from gradkern.rollback._sweep import NoCurvatureError, sweep
+from gradkern.rollback._undo import Undone, apply_change, propagate
 from gradkern.rollback._verify import Check, VerifyReport, compression
 
 __all__ = ["Influence", "Ledger", "Scores", "open_ledger"]
 
 # By estimator and mode, the share of the curvature that later steps are taken to have reacted with.
 _CURVATURE = {("direct", "run"): 0.0, ("ref", "run"): 1.0, ("ref", "expected"): 0.5}
+
+# Methods of undoing that people ask for and that do harm.
+_WHY_NOT = {
+    "subtract": ". Taking off what the samples added, without how later steps reacted to it, was measured to be "
+    "hundreds of times worse than leaving the model alone"
+}
 
 # Of influence on its way back to the first step. It fades in a sound run, to a tenth in a few hundred steps, and stays
 # where it is in a run of a few; where the estimator fails it grows twentyfold and more.
@@ -97,6 +106,26 @@ class Ledger:
     def nbytes(self) -> int:
         """Bytes of all committed files, without the catalog."""
         return sum(entry.bytes for entry in self._store.files)
+
+    @property
+    def rank(self) -> int:
+        """Directions kept of a sample's gradient of a matrix."""
+        return int(self._store.facts["rank"])
+
+    def layer_bytes(self) -> dict[tuple[str, str], int]:
+        """Bytes of the records by layer and parameter, from the headers of the files.
+
+        Raises:
+            LedgerError: A file is damaged.
+        """
+        sizes = {(stream.layer, self._layout.parameters[stream.parameter].name): 0 for stream in self._layout.streams}
+        for entry in self._store.segments:
+            for name, nbytes in self._store.tensor_bytes(entry).items():
+                group, *path = name.split("/")
+                if group == "stream":
+                    stream = self._layout.streams[int(path[0])]
+                    sizes[stream.layer, self._layout.parameters[stream.parameter].name] += nbytes
+        return sizes
 
     def explain(
         self,
@@ -183,11 +212,7 @@ class Ledger:
             raise ValueError(f"there are {known}; got estimator={asked_for!r} with mode={mode!r}")
         parameters = self._layout.trained_parameters(model)
         self._require_recorded_values(parameters)
-        owned = {
-            index: parameter
-            for index, (info, parameter) in enumerate(zip(self._layout.parameters, parameters, strict=True))
-            if info.owned
-        }
+        owned = self._owned(parameters)
         each = [_query_gradients(model, owned, query, loss_fn) for query in queries]
         gradients = {index: torch.stack([gradient.pop(index) for gradient in each]) for index in owned}
         curvature = _CURVATURE[asked_for, mode]
@@ -202,6 +227,67 @@ class Ledger:
         if curvature:
             _require_fading(found.growth)
         return Scores(found.ids, found.scores)
+
+    def undo(
+        self,
+        model: nn.Module,
+        ids: Sequence[int] | torch.Tensor,
+        *,
+        method: str = "exact",
+        replay: Replay | None = None,
+        probe: Batch | None = None,
+        share: float = 0.5,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Undone:
+        """Take samples back: make the model as if they had never been trained on.
+
+        Args:
+            model: The trained model, with the parameters it had when recording ended; left as it is.
+            ids: Of the samples.
+            method: ``"exact"`` trains again, from the recorded start and in the recorded order, with the rows of these
+                samples left out of their micro-batches and the random numbers of every micro-batch as they were: bit
+                for bit what such a training gives. ``"fast"`` needs no training data: it carries the absence of the
+                samples through the recorded steps as ``estimator="ref"`` carries influence, to first order.
+            replay: For ``"exact"``: how to train. It is tried out first, on the first recorded steps as they were.
+            probe: For ``"fast"``: inputs, as in a query, on which the outputs before and after are compared.
+            share: For ``"fast"``: of the change that is made. Half of it was on the safe side in all our measurements.
+            progress: For ``"exact"``: called with the number of steps made and of all.
+
+        Returns:
+            The model that comes out, and how far to trust it.
+
+        Raises:
+            ValueError: ``ids`` are empty, ``method`` is neither, or what it needs is missing.
+            TypeError: ``ids`` are not integers, or ``model`` returns neither a tensor nor ``.logits``.
+            LedgerError: An id was never recorded, ``model`` is another model or has other parameter values, a file is
+                damaged, the ledger lacks what the method needs, or ``replay`` gives other parameters than were
+                recorded.
+            UndoRefusedError: The change of ``"fast"`` would not be small: it grew on its way, or the outputs on
+                ``probe`` do not follow from their derivatives.
+        """
+        if method not in ("exact", "fast"):
+            raise ValueError(f"undo: method must be 'exact' or 'fast', got {method!r}{_WHY_NOT.get(method, '')}")
+        forgotten = torch.unique(sample_ids(ids, "undo"))
+        self._require_recorded_values(self._layout.trained_parameters(model))
+        missing = forgotten[~torch.isin(forgotten, self._recorded_ids())]
+        if len(missing):
+            raise LedgerError(
+                f"undo: {len(missing)} of {len(forgotten)} ids were never recorded, the first of them "
+                f"{missing[:5].tolist()}; pass ids as given to recorder.batch"
+            )
+        if method == "exact":
+            if replay is None:
+                raise ValueError("undo: method='exact' trains again and needs replay=Replay(fetch, make_optimizer)")
+            replayer = Replayer(self._store, model, replay)
+            replayer.check()
+            return Undone(replayer.train(forgotten, progress), "exact")
+        if probe is None:
+            raise ValueError("undo: method='fast' needs probe=, inputs on which to compare the outputs")
+        owned = self._owned(self._layout.trained_parameters(model))
+        segments = (self._segment(entry) for entry in self._store.segments)
+        changes, growth = propagate(self._layout, owned, segments, forgotten)
+        named = {self._layout.parameters[index].name: change for index, change in changes.items()}
+        return apply_change(model, named, growth, probe, share)
 
     def conservation(self, model: nn.Module) -> Balance:
         """Recompute how well the recorded changes add up to the model's, from the files and the model.
@@ -329,9 +415,19 @@ class Ledger:
                 "was never recorded; load the parameters of the recorded run's last step into the model"
             )
 
+    def _owned(self, parameters: tuple[nn.Parameter, ...]) -> dict[int, nn.Parameter]:
+        infos = self._layout.parameters
+        return {at: each for at, (info, each) in enumerate(zip(infos, parameters, strict=True)) if info.owned}
+
+    def _recorded_ids(self) -> torch.Tensor:
+        ids = [self._segment(entry).visit_ids for entry in self._store.segments]
+        return torch.unique(torch.cat(ids)) if ids else torch.empty(0, dtype=torch.int64)
+
     def _segments_from_last(self) -> Iterator[Segment]:
-        for entry in reversed(self._store.segments):
-            yield Segment.from_tensors(self._layout, self._store.load(entry))
+        return (self._segment(entry) for entry in reversed(self._store.segments))
+
+    def _segment(self, entry: FileEntry) -> Segment:
+        return Segment.from_tensors(self._layout, self._store.load(entry))
 
 
 def _query_gradients(

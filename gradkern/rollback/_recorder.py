@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Sequence
+import sqlite3
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +18,25 @@ from torch import Tensor, nn
 from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
 from gradkern.rollback._conservation import Shadows
-from gradkern.rollback._intake import Intake
+from gradkern.rollback._intake import Intake, Visits
 from gradkern.rollback._layout import digest_parameters
 from gradkern.rollback._ownership import claim
 from gradkern.rollback._records import Record
-from gradkern.rollback._segment import Segment, StepRecord, StepScalars
+from gradkern.rollback._replay_log import StepLog, describe_options, digest_model
+from gradkern.rollback._sample_ids import sample_ids
+from gradkern.rollback._segment import StepRecord, StepScalars
 from gradkern.rollback._smoothing import smooth
 from gradkern.rollback._store import Closing, StoreWriter
+from gradkern.rollback._writer import Writer
 from gradkern.step_event import ParamStep, StepEvent, StepEventSource
 
 __all__ = ["RecordableOptimizer", "Recorder", "record"]
 
 # Every so many steps the first sample of each micro-batch is compared exactly with its compressed record.
 _COMPARE_EVERY = 8
+
+# Of what state_dict() gives.
+_STATE = {"ledger_id", "steps", "parameter_digest", "scale", "sums"}
 
 
 class RecordableOptimizer(StepEventSource, Protocol):
@@ -55,21 +63,25 @@ def record(
     unowned: Sequence[str] = (),
     shared_inputs: Sequence[str] = (),
     output: str | None = None,
+    replayable: bool = False,
+    on_write_error: Literal["raise", "stop"] = "raise",
+    resume: Mapping[str, Any] | None = None,
 ) -> Recorder:
     """Start recording what every training sample does to ``model``.
 
     Recording begins at once, before the first optimizer step, and ends with :meth:`Recorder.close` or the
-    ``with`` block. Training itself is unchanged: gradients are bit-equal to those of the unrecorded model.
+    ``with`` block; with ``resume`` it goes on where a checkpoint left off. Training itself is unchanged: gradients are
+    bit-equal to those of the unrecorded model.
 
     Args:
         model: In fp32. Its Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm (Llama's too), GroupNorm and
             transformers' Conv1D layers are recorded.
         optimizer: One of gradkern's, over parameters of ``model``, before its first step.
-        path: Folder to create for the ledger; must not exist.
+        path: Folder to create for the ledger; must not exist. With ``resume`` that of the ledger to go on with.
         rank: Directions kept of a sample's gradient of a matrix. A sample with at most ``rank`` rows (tokens)
             is kept exactly. Bytes per visit grow with it.
-        steps_per_segment: Optimizer steps per file. A crash loses at most the steps since the last file;
-            their records wait in memory.
+        steps_per_segment: Optimizer steps per file, written while the next ones are recorded; where writing is slower
+            than training, training waits. A crash loses at most twice so many steps.
         unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as BatchNorm's.
         shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
             a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.
@@ -80,6 +92,15 @@ def record(
             have weights of their own (``weight=`` of the classes, means over sequences of unequal length). Terms of
             the loss that do not go through these logits bend it too, which nobody notices: leave such runs to
             ``"direct"``.
+        replayable: Keep what running the training again needs: the micro-batches, the state of torch's generator before
+            each (5 kB where random numbers are drawn), the optimizer's options, the model's buffers at the start.
+            For a model on the CPU. Forward must run inside :meth:`Recorder.batch`.
+        on_write_error: What a step does when the ledger cannot be written (a full disk): ``"raise"`` the error from
+            ``optimizer.step()``, made by then, and keep the records, which are written as soon as that works; or
+            ``"stop"`` recording with a warning while training goes on. The ledger stays valid either way.
+        resume: What :meth:`Recorder.state_dict` gave when the checkpoint was made that ``model`` and ``optimizer`` have
+            been loaded from. Steps that the ledger holds of after it are taken out. The other arguments must be those
+            of the first time.
 
     Note:
         Inputs of recorded layers must be sample-major: dimension 0 is the micro-batch, or the rows of the first
@@ -88,9 +109,12 @@ def record(
         ``max_norm=``, not ``clip_grad_norm_``: what is edited after backward was not recorded.
 
     Raises:
-        LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already.
-        ValueError: ``rank`` or ``steps_per_segment`` is below 1; ``output`` names no recorded Linear; a trained
-            parameter can neither be recorded nor is in ``unowned``; a pattern matches nothing.
+        LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already. With
+            ``resume``: ``path`` is not the ledger that it belongs to or lacks steps before it, something records there,
+            or the parameters are not those of the checkpoint. Nothing is changed then.
+        ValueError: ``rank`` or ``steps_per_segment`` is below 1; ``on_write_error`` is neither; ``output`` names no
+            recorded Linear; a trained parameter can neither be recorded nor is in ``unowned``; a pattern matches
+            nothing.
         TypeError: A trained parameter is not fp32, or the optimizer reports no steps.
         ImportError: safetensors is not installed.
 
@@ -102,12 +126,31 @@ def record(
     for name, value in (("rank", rank), ("steps_per_segment", steps_per_segment)):
         if operator.index(value) < 1:
             raise ValueError(f"record: {name} must be at least 1, got {value}")
+    if on_write_error not in ("raise", "stop"):
+        raise ValueError(f"record: on_write_error must be 'raise' or 'stop', got {on_write_error!r}")
     if not hasattr(optimizer, "register_step_event_hook"):
         raise TypeError(
             f"record: {type(optimizer).__name__} does not report its steps (no register_step_event_hook); "
             f"use an optimizer of gradkern, for example gradkern.AdamW in place of torch.optim.AdamW"
         )
-    return Recorder(model, optimizer, Path(path), rank, steps_per_segment, unowned, shared_inputs, output)
+    if resume is not None and _STATE - resume.keys():
+        raise ValueError(
+            f"record: resume must be what Recorder.state_dict() gave, got a mapping without "
+            f"{', '.join(sorted(_STATE - resume.keys()))}"
+        )
+    return Recorder(
+        model,
+        optimizer,
+        Path(path),
+        rank,
+        steps_per_segment,
+        unowned,
+        shared_inputs,
+        output,
+        replayable=replayable,
+        stops=on_write_error == "stop",
+        resume=resume,
+    )
 
 
 class Recorder:
@@ -127,30 +170,41 @@ class Recorder:
         unowned: Sequence[str],
         shared_inputs: Sequence[str],
         output: str | None,
+        *,
+        replayable: bool,
+        stops: bool,
+        resume: Mapping[str, Any] | None,
     ) -> None:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         ownership = claim(model, trained, unowned, shared_inputs, output)
+        if replayable and any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            raise ValueError(
+                "record: replayable=True needs a model on the CPU; the random numbers of others are not kept"
+            )
+        self._replayed = (model, optimizer.param_groups) if replayable else None
         self._layout = ownership.layout
         self._parameters = ownership.parameters
         self._indices = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         self._model_parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._require_fresh(optimizer)
         self._shadows = Shadows(self._parameters, self._layout.parameters)
         self._intake = Intake(ownership, self._shadows, rank, is_declared=output is not None)
-        self._steps_per_segment = steps_per_segment
-        self._pending: list[StepRecord] = []
-        self._pending_bytes = 0
-        self._most_pending_bytes = 0
         self._steps = 0
-        self._committed_steps = 0
+        if resume is None:
+            self._require_fresh(optimizer)
+        else:
+            self._load_state(resume)
+        self._require_no_gradients()
+        self._stops = stops
+        self._stopped = False
         self._detached = False
         self._closed = False
         with ExitStack() as attaching:
             handle = optimizer.register_step_event_hook(self._on_step)
             attaching.callback(handle.remove)
             attaching.enter_context(captured(ownership.layers, self._intake))
-            self._store = self._create_store(path, rank)
+            self._store = self._open_store(path, rank, resume)
             self._attached = attaching.pop_all()
+        self._writer = Writer(self._store, self._layout, steps_per_segment)
 
     @contextmanager
     def batch(self, ids: Sequence[int] | Tensor) -> Iterator[None]:
@@ -168,12 +222,16 @@ class Recorder:
             TypeError: ``ids`` are not integers.
             ValueError: ``ids`` are empty or not one-dimensional.
         """
-        numbers = _sample_ids(ids)
+        numbers = sample_ids(ids, "recorder.batch")
+        if self._stopped:
+            yield
+            return
         if self._detached:
             raise LedgerError("recorder.batch: the recorder is closed; start another with record()")
         if self._intake.active:
             raise LedgerError("recorder.batch: a batch is already open; leave it before opening the next")
-        self._intake.begin(numbers, compare=self._steps % _COMPARE_EVERY == 0)
+        state = None if self._replayed is None else torch.get_rng_state()
+        self._intake.begin(numbers, compare=self._steps % _COMPARE_EVERY == 0, state=state)
         try:
             yield
         finally:
@@ -203,10 +261,43 @@ class Recorder:
     def held_bytes(self) -> int:
         """Bytes that recording holds while training, for memory plans.
 
-        Exact for what depends on the model; the records waiting for the next file count with the most seen so
-        far, nothing before the first step.
+        Exact for what depends on the model; the records waiting to be written count with the most seen so far, nothing
+        before the first step.
         """
-        return self._shadows.nbytes() + self._intake.nbytes() + self._most_pending_bytes
+        return self._shadows.nbytes() + self._intake.nbytes() + self._writer.most_bytes
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``record(..., resume=)`` needs to go on from a checkpoint.
+
+        Save it together with those of the model and the optimizer, after a step and before the next backward. Every
+        step so far is durable when this returns, in a file that ends here. A run that goes on from here records the
+        very bytes that it would have without the break.
+
+        Returns:
+            Numbers, text and tensors, in all two fp32 tensors of every recorded parameter's size. The tensors are those
+            in use, as in torch: save or copy them before the next step.
+
+        Raises:
+            LedgerError: The recorder is closed or has stopped, or gradients wait for a step.
+            OSError, sqlite3.Error: The ledger cannot be written.
+        """
+        if self._detached:
+            raise LedgerError(
+                "recorder.state_dict: the recorder is closed or has stopped, there is nothing to go on with"
+            )
+        if self._intake.waiting_visits:
+            raise LedgerError(
+                f"recorder.state_dict: gradients of {self._intake.waiting_visits} visits wait for a step; call it "
+                f"after optimizer.step() and before the next backward, or discard() them"
+            )
+        self._writer.flush()
+        return {
+            "ledger_id": self._store.ledger_id,
+            "steps": self._steps,
+            "parameter_digest": digest_parameters(self._named()),
+            "scale": self._intake.scale,
+            "sums": self._shadows.state_dict(),
+        }
 
     def close(self) -> None:
         """Restore the model, write what is left and complete the ledger. A second call does nothing.
@@ -215,14 +306,17 @@ class Recorder:
         """
         if self._closed:
             return
-        self._detached = True
-        self._attached.close()
-        self._commit_pending()
-        infos = self._layout.parameters
-        deltas = {infos[index].name: delta.cpu() for index, delta in self._shadows.deltas.items()}
-        named = {info.name: parameter for info, parameter in zip(infos, self._parameters, strict=True)}
-        closing = Closing(tuple(self._shadows.decays), tuple(self._shadows.roundings), digest_parameters(named))
-        self._store.commit_closing(deltas, closing)
+        self._detach()
+        if not self._stopped:
+            self._write(self._writer.flush)
+        if not self._stopped:
+            infos = self._layout.parameters
+            deltas = {infos[index].name: delta.cpu() for index, delta in self._shadows.deltas.items()}
+            closing = Closing(
+                tuple(self._shadows.decays), tuple(self._shadows.roundings), digest_parameters(self._named())
+            )
+            self._write(lambda: self._store.commit_closing(deltas, closing))
+        self._writer.close()
         self._store.close()
         self._closed = True
 
@@ -269,13 +363,41 @@ class Recorder:
             fidelity=visits.fidelity,
             scalars=scalars,
             preconditioners=preconditioners,
+            log=self._log(visits),
         )
-        self._pending.append(step)
         self._steps += 1
-        self._pending_bytes += step.nbytes()
-        self._most_pending_bytes = max(self._most_pending_bytes, self._pending_bytes)
-        if len(self._pending) >= self._steps_per_segment:
-            self._commit_pending()
+        self._write(lambda: self._writer.put(step))
+
+    def _log(self, visits: Visits) -> StepLog | None:
+        if self._replayed is None:
+            return None
+        model, groups = self._replayed
+        digest = digest_model(model) if (self._steps + 1) % _COMPARE_EVERY == 0 else None
+        return StepLog([len(ids) for ids in visits.ids], visits.states, describe_options(model, groups), digest)
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write, or where that is impossible do what was asked for."""
+        try:
+            write()
+        except (OSError, sqlite3.Error) as error:
+            if not self._stops:
+                raise
+            self._stopped = True
+            self._detach()
+            warnings.warn(
+                f"the ledger cannot be written ({error}); recording has stopped, and the ledger ends with step "
+                f"{self._store.committed_steps()} of {self._steps}. Training goes on",
+                stacklevel=2,
+            )
+
+    def _detach(self) -> None:
+        """Leave the model and the optimizer as they were."""
+        self._detached = True
+        self._attached.close()
+
+    def _named(self) -> dict[str, Tensor]:
+        infos = self._layout.parameters
+        return {info.name: parameter for info, parameter in zip(infos, self._parameters, strict=True)}
 
     def _tracked(self, event: StepEvent) -> list[tuple[int, ParamStep]]:
         """The event's entries for this model's parameters, checked before anything is changed."""
@@ -324,50 +446,48 @@ class Recorder:
                     f"recorder.batch(ids), and call recorder.discard() when gradients are cleared without a step"
                 )
 
-    def _commit_pending(self) -> None:
-        # A commit that was interrupted after it took effect must not be made twice.
-        done = self._store.committed_steps() - self._committed_steps
-        del self._pending[:done]
-        self._committed_steps += done
-        if self._pending:
-            segment = Segment.build(self._layout, self._pending)
-            self._store.commit_segment(segment.tensors(), segment.steps, len(segment.visit_ids))
-            self._committed_steps += segment.steps
-        self._pending = []
-        self._pending_bytes = 0
+    def _open_store(self, path: Path, rank: int, resume: Mapping[str, Any] | None) -> StoreWriter:
+        settings = {
+            "rank": str(rank),
+            "torch": str(torch.__version__),
+            "threads": str(torch.get_num_threads()),
+            "replayable": "0" if self._replayed is None else "1",
+        }
+        if resume is not None:
+            return StoreWriter.resume(path, self._layout, settings, resume["ledger_id"], self._steps)
+        initial = {name: parameter.detach().cpu() for name, parameter in self._named().items()}
+        if self._replayed is not None:
+            model, _ = self._replayed
+            # Copies, for a file cannot hold buffers that share memory.
+            initial |= {f"buffer/{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
+        return StoreWriter.create(path, self._layout, initial, settings)
 
-    def _create_store(self, path: Path, rank: int) -> StoreWriter:
-        infos = self._layout.parameters
-        initial = {info.name: parameter.detach().cpu() for info, parameter in zip(infos, self._parameters, strict=True)}
-        return StoreWriter(path, self._layout, initial, {"rank": str(rank), "torch": str(torch.__version__)})
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        if digest_parameters(self._named()) != state["parameter_digest"]:
+            raise LedgerError(
+                "record: the parameters differ from those of the checkpoint that resume= belongs to; load that "
+                "checkpoint into the model and the optimizer first"
+            )
+        self._steps = state["steps"]
+        self._intake.scale = state["scale"]
+        self._shadows.load_state_dict(state["sums"])
 
     def _require_fresh(self, optimizer: RecordableOptimizer) -> None:
         """Momentum from before the recording would belong to no sample."""
-        for name, parameter in ((self._model_parameters[id(p)], p) for p in self._parameters):
+        for name, parameter in self._named().items():
             state = optimizer.state.get(parameter) or {}
             if float(state.get("step", 0)) > 0:
                 raise LedgerError(
                     f"record: the optimizer has already made {int(state['step'])} steps on {name!r}, whose "
-                    f"momentum belongs to no recorded sample; start recording before the first step"
+                    f"momentum belongs to no recorded sample; start recording before the first step, or go on with the "
+                    f"ledger of those steps: resume="
                 )
+
+    def _require_no_gradients(self) -> None:
+        for name, parameter in self._named().items():
             if parameter.grad is not None and bool(parameter.grad.any()):
                 raise LedgerError(
                     f"record: {name!r} has a gradient already, which belongs to no recorded sample; start recording "
                     f"before the first backward, or call optimizer.zero_grad()"
                 )
-
-
-def _sample_ids(ids: Sequence[int] | Tensor) -> Tensor:
-    """Sample ids as a one-dimensional int64 tensor in host memory."""
-    if isinstance(ids, Tensor):
-        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-            raise TypeError(f"recorder.batch: ids must be integers, got a tensor of {ids.dtype}")
-        numbers = ids.detach().to("cpu", torch.int64, copy=True)
-    else:
-        numbers = torch.tensor([operator.index(number) for number in ids], dtype=torch.int64)
-    if numbers.dim() != 1 or numbers.numel() == 0:
-        raise ValueError(
-            f"recorder.batch: ids must be one-dimensional with one entry per row of the micro-batch, got "
-            f"shape {tuple(numbers.shape)}"
-        )
-    return numbers

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 
@@ -12,8 +13,11 @@ from gradkern.errors import LedgerError
 from gradkern.rollback._fidelity import Fidelity
 from gradkern.rollback._layout import Layout
 from gradkern.rollback._records import RECORD_TYPES, Record
+from gradkern.rollback._replay_log import ReplayLog, StepLog
 
 __all__ = ["Segment", "StepRecord", "StepScalars"]
+
+_Log = TypeVar("_Log", StepLog, ReplayLog)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class StepRecord:
         fidelity: ``(stream, comparison)``.
         scalars: By parameter; parameters the step left alone are missing.
         preconditioners: The smoothed preconditioner of every owned parameter that took part.
+        log: What replaying needs; None where the run cannot be.
     """
 
     ids: torch.Tensor
@@ -46,12 +51,13 @@ class StepRecord:
     fidelity: Sequence[tuple[int, Fidelity]]
     scalars: Mapping[int, StepScalars]
     preconditioners: Mapping[int, tuple[torch.Tensor, ...]]
+    log: StepLog | None = None
 
     def nbytes(self) -> int:
-        """Bytes of all records and preconditioners."""
-        return sum(record.nbytes() for _, record in self.records) + sum(
-            tensor.nbytes for stored in self.preconditioners.values() for tensor in stored
-        )
+        """Bytes of all records, preconditioners and states."""
+        preconditioners = sum(tensor.nbytes for stored in self.preconditioners.values() for tensor in stored)
+        log = 0 if self.log is None else self.log.nbytes()
+        return sum(record.nbytes() for _, record in self.records) + preconditioners + log
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ class Segment:
             :func:`~gradkern.rollback._smoothing.smooth` makes them; zeros where a step left the parameter alone.
         records: By stream.
         fidelity: Shape ``(n, 4)``, fp64: stream, ``‖G‖²``, ``⟨G, R⟩``, ``‖R‖²``.
+        log: What replaying needs; None where the run cannot be.
     """
 
     visit_ids: torch.Tensor
@@ -77,6 +84,7 @@ class Segment:
     preconditioners: Mapping[int, tuple[torch.Tensor, ...]]
     records: Mapping[int, Record]
     fidelity: torch.Tensor
+    log: ReplayLog | None = None
 
     @property
     def steps(self) -> int:
@@ -97,9 +105,7 @@ class Segment:
             visit_bounds=bounds,
             scalars=_join_scalars(steps, len(layout.parameters)),
             preconditioners=_join_preconditioners(steps),
-            records={
-                stream: RECORD_TYPES[layout.streams[stream].kind].join(parts) for stream, parts in records.items()
-            },
+            records=_join_records(layout, records),
             fidelity=torch.tensor(
                 [
                     (stream, comparison.exact_sq, comparison.inner, comparison.record_sq)
@@ -108,6 +114,28 @@ class Segment:
                 ],
                 dtype=torch.float64,
             ).reshape(-1, 4),
+            log=_all_or_none(ReplayLog.build, [step.log for step in steps]),
+        )
+
+    @classmethod
+    def join(cls, layout: Layout, parts: Sequence[Segment]) -> Segment:
+        """Put consecutive segments into one."""
+        first_visits = torch.tensor([0] + [len(part.visit_ids) for part in parts]).cumsum(0).tolist()
+        bounds = [parts[0].visit_bounds[:1]]
+        records: defaultdict[int, list[Record]] = defaultdict(list)
+        for part, first_visit in zip(parts, first_visits, strict=False):
+            bounds.append(part.visit_bounds[1:] + first_visit)
+            for stream, record in part.records.items():
+                records[stream].append(replace(record, visit=record.visit + first_visit))
+        return cls(
+            visit_ids=torch.cat([part.visit_ids for part in parts]),
+            curvature=torch.cat([part.curvature for part in parts]),
+            visit_bounds=torch.cat(bounds),
+            scalars=torch.cat([part.scalars for part in parts]),
+            preconditioners=_stack_preconditioners(parts),
+            records=_join_records(layout, records),
+            fidelity=torch.cat([part.fidelity for part in parts]),
+            log=_all_or_none(ReplayLog.join, [part.log for part in parts]),
         )
 
     def step_scalars(self, step: int, parameter: int) -> StepScalars | None:
@@ -130,6 +158,8 @@ class Segment:
         for stream, record in self.records.items():
             for name, tensor in record.tensors().items():
                 named[f"stream/{stream}/{name}"] = tensor
+        if self.log is not None:
+            named |= {f"replay/{field.name}": getattr(self.log, field.name) for field in fields(self.log)}
         return named
 
     @classmethod
@@ -154,6 +184,7 @@ class Segment:
                 visit_bounds=named["visit/bounds"],
                 scalars=named["step/scalars"],
                 fidelity=named["fidelity"],
+                log=_read_log(named),
                 preconditioners={
                     parameter: tuple(stored[name] for name in _PRECONDITIONER_FIELDS[len(stored)])
                     for parameter, stored in grouped["preconditioner"].items()
@@ -170,12 +201,27 @@ class Segment:
             ) from error
 
 
+def _read_log(named: Mapping[str, torch.Tensor]) -> ReplayLog | None:
+    if "replay/options" not in named:
+        return None
+    return ReplayLog(**{field.name: named[f"replay/{field.name}"] for field in fields(ReplayLog)})
+
+
+def _all_or_none(join: Callable[[list[_Log]], ReplayLog], logs: Sequence[_Log | None]) -> ReplayLog | None:
+    known = [log for log in logs if log is not None]
+    return join(known) if len(known) == len(logs) else None
+
+
 def _unknown(visit_ids: torch.Tensor) -> torch.Tensor:
     """The curvature in a ledger written before it was measured."""
     return torch.full(visit_ids.shape, torch.nan)
 
 
 _PRECONDITIONER_FIELDS: Mapping[int, tuple[str, ...]] = {1: ("values",), 2: ("rows", "columns")}
+
+
+def _join_records(layout: Layout, parts: Mapping[int, list[Record]]) -> dict[int, Record]:
+    return {stream: RECORD_TYPES[layout.streams[stream].kind].join(each) for stream, each in parts.items()}
 
 
 def _join_scalars(steps: Sequence[StepRecord], parameters: int) -> torch.Tensor:
@@ -198,3 +244,18 @@ def _join_preconditioners(steps: Sequence[StepRecord]) -> dict[int, tuple[torch.
             for target, tensor in zip(joined[parameter], stored, strict=True):
                 target[row] = tensor.cpu()
     return joined
+
+
+def _stack_preconditioners(parts: Sequence[Segment]) -> dict[int, tuple[torch.Tensor, ...]]:
+    """Those of all steps; zeros in parts whose steps left a parameter alone."""
+    shapes = {
+        index: [each.shape[1:] for each in stored] for part in parts for index, stored in part.preconditioners.items()
+    }
+    stacked = {}
+    for index, fields_of in shapes.items():
+        rows = [
+            part.preconditioners.get(index) or tuple(torch.zeros(part.steps, *shape).bfloat16() for shape in fields_of)
+            for part in parts
+        ]
+        stacked[index] = tuple(torch.cat(each) for each in zip(*rows, strict=True))
+    return stacked

@@ -3,6 +3,9 @@
 A file is written under a temporary name, synced, renamed, and its folder synced, before the catalog's
 transaction names it together with its checksum. Whatever the catalog names is therefore complete on disk, and
 whatever it does not name was never committed. Segments are read whole and checked before a single tensor is used.
+
+One writer at a time holds a lock, which ends with its process. Resuming takes the segments after a step out of the
+catalog first and removes their files afterwards.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import json
 import os
 import shutil
 import sqlite3
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -29,6 +33,7 @@ FORMAT_VERSION = 1
 
 _CATALOG = "catalog.sqlite"
 _SEGMENT_FOLDER = "segments"
+_LOCK = "writer.lock"
 _SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     """CREATE TABLE files (
@@ -41,6 +46,10 @@ _SCHEMA = (
         visits INTEGER NOT NULL
     )""",
 )
+_INSERT_FILE = "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)"
+
+# Of all facts those that commit_closing adds.
+_CLOSING_FACTS = ("decays", "roundings", "parameter_digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,58 +92,140 @@ class Closing:
 
 
 class StoreWriter:
-    """Creates a ledger's folder and commits files to it.
+    """Commits files to a ledger's folder; made by :meth:`create` or :meth:`resume`.
 
-    Args:
-        path: Folder to create, with its parents.
-        layout: What will be recorded.
-        initial: ``theta_0`` by name.
-        settings: Further facts to keep, as strings.
-
-    Raises:
-        LedgerError: ``path`` exists.
-        ImportError: safetensors is not installed.
+    Attributes:
+        ledger_id: Tells this ledger from all others; None in one written before there were such.
+        steps: Committed so far.
     """
 
-    def __init__(
-        self, path: Path, layout: Layout, initial: Mapping[str, torch.Tensor], settings: Mapping[str, str]
-    ) -> None:
+    def __init__(self, path: Path, lock: sqlite3.Connection, ledger_id: str | None) -> None:
+        self._path = path
+        self._lock = lock
+        self.ledger_id = ledger_id
+        self.steps = 0
+        self._attempts = 0
+        self._catalog = sqlite3.connect(path / _CATALOG, isolation_level=None, check_same_thread=False)
+        # EXTRA is FULL plus a sync of the folder when the journal goes: commits survive power loss.
+        self._catalog.execute("PRAGMA synchronous = EXTRA")
+
+    @classmethod
+    def create(
+        cls, path: Path, layout: Layout, initial: Mapping[str, torch.Tensor], settings: Mapping[str, str]
+    ) -> StoreWriter:
+        """Create a ledger.
+
+        Args:
+            path: Folder to create, with its parents.
+            layout: What will be recorded.
+            initial: ``theta_0`` by name.
+            settings: Further facts to keep, as strings.
+
+        Raises:
+            LedgerError: ``path`` exists.
+            ImportError: safetensors is not installed.
+        """
         _safetensors()
         try:
             created = _make_folder(path)
         except FileExistsError:
             raise LedgerError(
                 f"record: {str(path)!r} exists, expected a new folder; a ledger is never overwritten: choose "
-                f"another path or remove it first"
+                f"another path or remove it first, or go on with it: resume=, the state_dict() of its recorder"
             ) from None
         # Only now is the folder ours to remove again: another process may have been the one to create it.
-        self._path = path
-        self._attempts = 0
-        self.steps = 0
         try:
             (path / _SEGMENT_FOLDER).mkdir()
-            self._catalog = sqlite3.connect(path / _CATALOG, isolation_level=None, check_same_thread=False)
+            store = cls(path, _take_lock(path), uuid.uuid4().hex)
             try:
-                # EXTRA is FULL plus a sync of the folder when the journal goes: commits survive power loss.
-                self._catalog.execute("PRAGMA synchronous = EXTRA")
-                entry = self._write("initial.safetensors", "initial", initial, steps=0, visits=0)
+                entry = store._write("initial.safetensors", "initial", initial)
                 for folder in created:
                     _sync_folder(folder.parent)
-                facts = {**settings, "format_version": str(FORMAT_VERSION), "layout": layout.to_json()}
-                self._commit(entry, facts, _SCHEMA)
+                facts = {
+                    **settings,
+                    "format_version": str(FORMAT_VERSION),
+                    "ledger_id": str(store.ledger_id),
+                    "layout": layout.to_json(),
+                }
+                store._commit(entry, facts, _SCHEMA)
             except BaseException:
-                self._catalog.close()
+                store.close()
                 raise
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
+        return store
+
+    @classmethod
+    def open(cls, path: Path) -> tuple[StoreWriter, StoreReader]:
+        """Open a ledger to change it.
+
+        Returns:
+            The writer, and what it holds.
+
+        Raises:
+            LedgerError: There is no ledger, it is damaged, or something records into it.
+        """
+        StoreReader(path)  # raises where there is none
+        lock = _take_lock(path)
+        try:
+            found = StoreReader(path)
+            store = cls(path, lock, found.facts.get("ledger_id"))
+        except BaseException:
+            lock.close()
+            raise
+        store.steps = max(entry.end_step for entry in found.files)
+        store._attempts = 1 + max((int(Path(entry.name).stem) for entry in found.segments), default=-1)
+        return store, found
+
+    @classmethod
+    def resume(
+        cls, path: Path, layout: Layout, settings: Mapping[str, str], ledger_id: str | None, steps: int
+    ) -> StoreWriter:
+        """Open a ledger to go on after ``steps`` steps, and take out whatever it holds of later ones.
+
+        Raises:
+            LedgerError: There is no such ledger, it is another one, of another layout or rank, damaged, or being
+                written; or none of its segments ends there. Nothing is changed then.
+        """
+        store, found = cls.open(path)
+        try:
+            _require_same(found, layout, settings, ledger_id, steps)
+            store._transact(
+                [
+                    ("DELETE FROM files WHERE role = 'deltas' OR (role = 'segment' AND first_step >= ?)", [steps]),
+                    *(("DELETE FROM meta WHERE key = ?", [key]) for key in _CLOSING_FACTS),
+                ]
+            )
+            store.steps = steps
+            store.remove_leftovers()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def replace(self, entries: Sequence[FileEntry], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put one segment in the place of some consecutive ones."""
+        name = self._new_name()
+        first_step, visits = entries[0].first_step, sum(entry.visits for entry in entries)
+        joined = self._write(name, "segment", tensors, first_step, entries[-1].end_step, visits)
+        self._transact(
+            [
+                *(("DELETE FROM files WHERE name = ?", [entry.name]) for entry in entries),
+                (_INSERT_FILE, astuple(joined)),
+            ]
+        )
+
+    def remove_leftovers(self) -> None:
+        """Delete the files that the catalog does not name."""
+        named = {self._path / name for (name,) in self._catalog.execute("SELECT name FROM files")}
+        for file in [*self._path.iterdir(), *(self._path / _SEGMENT_FOLDER).iterdir()]:
+            if file.suffix in (".safetensors", ".partial") and file not in named:
+                file.unlink()
 
     def commit_segment(self, tensors: Mapping[str, torch.Tensor], steps: int, visits: int) -> None:
         """Make the records of the next ``steps`` steps durable; when this returns they survive any crash."""
-        # A new name for every attempt: a commit that took effect before it was interrupted owns its file for good.
-        name = f"{_SEGMENT_FOLDER}/{self._attempts:06d}.safetensors"
-        self._attempts += 1
-        self._commit(self._write(name, "segment", tensors, steps, visits), {})
+        self._commit(self._write(self._new_name(), "segment", tensors, self.steps, self.steps + steps, visits), {})
         self.steps += steps
 
     def committed_steps(self) -> int:
@@ -147,19 +238,33 @@ class StoreWriter:
         """Make the ledger complete; does nothing where an interrupted call already did."""
         if self._catalog.execute("SELECT 1 FROM files WHERE role = 'deltas'").fetchone():
             return
-        entry = self._write("deltas.safetensors", "deltas", deltas, steps=0, visits=0)
-        facts = {
-            "decays": json.dumps(closing_facts.decays),
-            "roundings": json.dumps(closing_facts.roundings),
-            "parameter_digest": closing_facts.parameter_digest,
-        }
-        self._commit(entry, facts)
+        entry = self._write("deltas.safetensors", "deltas", deltas, self.steps, self.steps)
+        values = (
+            json.dumps(closing_facts.decays),
+            json.dumps(closing_facts.roundings),
+            closing_facts.parameter_digest,
+        )
+        self._commit(entry, dict(zip(_CLOSING_FACTS, values, strict=True)))
+
+    def _new_name(self) -> str:
+        # For every attempt another: a commit that took effect before it was interrupted owns its file for good.
+        self._attempts += 1
+        return f"{_SEGMENT_FOLDER}/{self._attempts - 1:06d}.safetensors"
 
     def close(self) -> None:
-        """Close the catalog."""
+        """Close the catalog and let others write."""
         self._catalog.close()
+        self._lock.close()
 
-    def _write(self, name: str, role: str, tensors: Mapping[str, torch.Tensor], steps: int, visits: int) -> FileEntry:
+    def _write(
+        self,
+        name: str,
+        role: str,
+        tensors: Mapping[str, torch.Tensor],
+        first_step: int = 0,
+        end_step: int = 0,
+        visits: int = 0,
+    ) -> FileEntry:
         """Write a file so that it is complete under its name or absent, even if the power goes."""
         content = _safetensors().save({key: tensor.contiguous() for key, tensor in tensors.items()})
         target = self._path / name
@@ -171,18 +276,23 @@ class StoreWriter:
         temporary.replace(target)
         _sync_folder(target.parent)
         checksum = hashlib.sha256(content).hexdigest()
-        return FileEntry(name, role, checksum, len(content), self.steps, self.steps + steps, visits)
+        return FileEntry(name, role, checksum, len(content), first_step, end_step, visits)
 
     def _commit(self, entry: FileEntry, facts: Mapping[str, str], schema: Sequence[str] = ()) -> None:
+        self._transact(
+            [
+                *((statement, ()) for statement in schema),
+                (_INSERT_FILE, astuple(entry)),
+                *(("INSERT INTO meta VALUES (?, ?)", fact) for fact in facts.items()),
+            ]
+        )
+
+    def _transact(self, statements: Iterable[tuple[str, Sequence[object]]]) -> None:
+        """All or nothing."""
         self._catalog.execute("BEGIN IMMEDIATE")
         try:
-            for statement in schema:
-                self._catalog.execute(statement)
-            self._catalog.execute(
-                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
-                astuple(entry),
-            )
-            self._catalog.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
+            for statement, values in statements:
+                self._catalog.execute(statement, values)
             self._catalog.execute("COMMIT")
         except BaseException:
             # Some failures, such as a full disk, end the transaction by themselves.
@@ -197,6 +307,12 @@ class StoreReader:
     Args:
         path: A folder made by :class:`StoreWriter`.
 
+    Attributes:
+        path: The same.
+        files: What is committed, in order of steps.
+        facts: What is known of all of it.
+        layout: How to read it.
+
     Raises:
         LedgerError: There is no ledger, its format is another, or its catalog is damaged. A damaged file is refused
             when it is read, so that the intact ones stay within reach.
@@ -205,7 +321,7 @@ class StoreReader:
 
     def __init__(self, path: Path) -> None:
         _safetensors()
-        self._path = path
+        self.path = path
         catalog = path / _CATALOG
         if not catalog.is_file():
             raise LedgerError(
@@ -236,7 +352,7 @@ class StoreReader:
     def _require_version(self) -> None:
         if self.facts.get("format_version") != str(FORMAT_VERSION):
             raise LedgerError(
-                f"the ledger {str(self._path)!r} has format version {self.facts.get('format_version')}, this "
+                f"the ledger {str(self.path)!r} has format version {self.facts.get('format_version')}, this "
                 f"gradkern reads version {FORMAT_VERSION}; read it with the version that wrote it"
             )
 
@@ -266,18 +382,36 @@ class StoreReader:
         Raises:
             LedgerError: Any byte of the file differs from what was committed.
         """
-        self._require_size(entry)
-        content = (self._path / entry.name).read_bytes()
+        self.require_size(entry)
+        content = (self.path / entry.name).read_bytes()
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise LedgerError(
-                f"{str(self._path / entry.name)!r} is damaged: its checksum differs from the committed one; "
+                f"{str(self.path / entry.name)!r} is damaged: its checksum differs from the committed one; "
                 f"restore the file from a copy"
             )
         loaded: dict[str, torch.Tensor] = _safetensors().load(content)
         return loaded
 
-    def _require_size(self, entry: FileEntry) -> None:
-        file = self._path / entry.name
+    def tensor_bytes(self, entry: FileEntry) -> dict[str, int]:
+        """Bytes of a file's tensors, from its header alone.
+
+        Raises:
+            LedgerError: The file is missing or of another size than committed, or its header does not parse.
+        """
+        self.require_size(entry)
+        with (self.path / entry.name).open("rb") as file:
+            try:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                offsets = {name: found["data_offsets"] for name, found in header.items() if name != "__metadata__"}
+            except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
+                raise LedgerError(
+                    f"{file.name!r} is damaged: its header does not parse ({error}); restore the file from a copy"
+                ) from error
+        return {name: end - start for name, (start, end) in offsets.items()}
+
+    def require_size(self, entry: FileEntry) -> None:
+        """Raise ``LedgerError`` for a file that is missing or of another size than committed."""
+        file = self.path / entry.name
         if not file.is_file():
             raise LedgerError(f"{str(file)!r} is missing from the ledger; restore it from a copy")
         size = file.stat().st_size
@@ -286,6 +420,50 @@ class StoreReader:
                 f"{str(file)!r} is damaged: it has {size} bytes, {entry.bytes} were committed; restore the "
                 f"file from a copy"
             )
+
+
+def _require_same(
+    found: StoreReader, layout: Layout, settings: Mapping[str, str], ledger_id: str | None, steps: int
+) -> None:
+    """Raise for a ledger that cannot be gone on with after ``steps`` steps."""
+    known = found.facts.get("ledger_id")
+    if known is None or known != ledger_id:
+        raise LedgerError(
+            f"record: {str(found.path)!r} is another ledger ({known}) than the one that the state_dict() is of "
+            f"({ledger_id}); pass the path of that one"
+        )
+    if found.layout != layout or any(found.facts.get(key) != settings[key] for key in ("rank", "replayable")):
+        raise LedgerError(
+            f"record: the ledger {str(found.path)!r} was recorded of another model or with another rank=, unowned=, "
+            f"shared_inputs= or replayable=; go on with the arguments of its first record()"
+        )
+    for entry in found.files:
+        found.require_size(entry)
+    ends = [0, *(entry.end_step for entry in found.segments)]
+    if steps not in ends:
+        raise LedgerError(
+            f"record: the ledger {str(found.path)!r} cannot go on after step {steps}: it holds {ends[-1]} steps, in "
+            f"files that end after {', '.join(map(str, ends[-5:]))}; restore it from a copy, or record anew"
+        )
+
+
+def _take_lock(path: Path) -> sqlite3.Connection:
+    """Be the one writer of a folder until the connection is closed or the process ends.
+
+    Raises:
+        LedgerError: There is one already.
+    """
+    # Of a file of its own, so that readers of the catalog are not kept out.
+    lock = sqlite3.connect(path / _LOCK, isolation_level=None, check_same_thread=False, timeout=0)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        lock.close()
+        raise LedgerError(
+            f"record: something records into {str(path)!r} already ({error}), in this process or another; close "
+            f"that recorder first"
+        ) from error
+    return lock
 
 
 def _make_folder(path: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from gradkern.rollback._records import Record
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._smoothing import unsmooth
 
-__all__ = ["NoCurvatureError", "Swept", "sweep"]
+__all__ = ["NoCurvatureError", "Swept", "require_curvature", "sweep"]
 
 
 class NoCurvatureError(LedgerError):
@@ -70,18 +70,24 @@ def sweep(layout: Layout, gradients: Mapping[int, Tensor], segments: Iterator[Se
     seen_scores = [torch.empty(functions, 0, dtype=torch.float64)]
     start = adjoint.norms()
     for segment in segments:
-        if curvature and bool(segment.curvature.isnan().any()):
-            raise NoCurvatureError(
-                "this ledger does not hold the curvature of every sample's loss, which estimators that follow later "
-                "steps need: the model's loss is no cross-entropy with one right class a row, its logits are not those "
-                "of the layer given to record(output=), or the ledger is older; for such there is estimator='direct'"
-            )
+        if curvature:
+            require_curvature(segment)
         seen_ids.append(segment.visit_ids)
         seen_scores.append(adjoint.through(segment))
     ids, positions = torch.unique(torch.cat(seen_ids), return_inverse=True)
     scores = torch.zeros(functions, len(ids), dtype=torch.float64)
     scores.index_add_(1, positions, torch.cat(seen_scores, dim=1))
     return Swept(ids, scores, torch.where(start == 0.0, 0.0, adjoint.norms() / start))
+
+
+def require_curvature(segment: Segment) -> None:
+    """Raise ``NoCurvatureError`` where a visit of a segment has no curvature weight."""
+    if bool(segment.curvature.isnan().any()):
+        raise NoCurvatureError(
+            "this ledger does not hold the curvature of every sample's loss, which is needed to follow later steps: "
+            "the model's loss is no cross-entropy with one right class a row, its logits are not those of the layer "
+            "given to record(output=), or the ledger is older; for such there is estimator='direct'"
+        )
 
 
 class _Adjoint:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import multiprocessing
 import os
 import random
 import signal
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import gradkern as gk
 from gradkern.errors import LedgerError
 from gradkern.rollback._layout import Layout, ParameterInfo, Stream
 from gradkern.rollback._store import StoreReader, StoreWriter
+from gradkern.testing import same_bits
 
 # A server process imports torch once; its children fork from it in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -37,7 +40,7 @@ def segment_tensors(number: int) -> dict[str, torch.Tensor]:
 
 
 def write_until_killed(path, committed) -> None:
-    store = StoreWriter(path, LAYOUT, {"weight": torch.zeros(4, 3)}, {})
+    store = StoreWriter.create(path, LAYOUT, {"weight": torch.zeros(4, 3)}, {})
     committed.value = 0
     for number in range(1_000_000):
         store.commit_segment(segment_tensors(number), steps=3, visits=7)
@@ -55,7 +58,8 @@ def train_until_killed(path, committed) -> None:
             token_loss(model(data), data).backward()
         optimizer.step()
         optimizer.zero_grad()
-        committed.value = (step + 1) // 2 * 2
+        # A file of two steps is handed over once the one before it is durable.
+        committed.value = (step + 1) // 2 * 2 - 2
 
 
 def kill_at_random(target, path, seed: int) -> int:
@@ -95,7 +99,7 @@ def test_a_killed_recording_opens_up_to_its_last_commit(tmp_path, seed):
     reported = kill_at_random(train_until_killed, path, seed)
     ledger = gk.rollback.open(path)
     assert not ledger.complete
-    assert reported <= ledger.steps <= reported + 2
+    assert reported <= ledger.steps <= reported + 4
     assert ledger.visits == 24 * ledger.steps
     model, query = TokenModel(), token_data()[:1]
     with pytest.warns(UserWarning, match=f"ends with step {ledger.steps}"):
@@ -256,39 +260,127 @@ def test_reading_changes_no_file(recorded):
     assert state() == before
 
 
-def test_a_full_disk_loses_nothing_that_can_still_be_written(token_model, tmp_path, monkeypatch):
-    """A commit that fails raises in the training loop; its records stay and are committed by the next."""
-    data, optimizer = token_data(), gk.AdamW(token_model.parameters(), lr=1e-2)
-    original, broken = os.fsync, [False]
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk that can be full: set its only element."""
+    original, is_full = os.fsync, [False]
 
     def fsync(descriptor):
-        if broken[0]:
+        if is_full[0]:
             raise OSError(28, "No space left on device")
         original(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    return is_full
+
+
+def step_once(model, optimizer, recorder) -> None:
+    data = token_data()
+    with recorder.batch(range(24)):
+        token_loss(model(data), data).backward()
+    try:
+        optimizer.step()
+    finally:
+        optimizer.zero_grad()
+
+
+def test_a_full_disk_loses_nothing_that_can_still_be_written(token_model, tmp_path, disk):
+    """A file that cannot be written is told by the step that hands over the next, and is written with it."""
+    optimizer = gk.AdamW(token_model.parameters(), lr=1e-2)
     with gk.rollback.record(token_model, optimizer, tmp_path / "run", steps_per_segment=1) as recorder:
-        for step in range(4):
-            with recorder.batch(range(24)):
-                token_loss(token_model(data), data).backward()
-            broken[0] = step in (1, 2)
-            if broken[0]:
-                with pytest.raises(OSError, match="No space left"):
-                    optimizer.step()
-            else:
-                optimizer.step()
-            optimizer.zero_grad()
-        broken[0] = True
+        step_once(token_model, optimizer, recorder)
+        recorder.state_dict()
+        disk[0] = True
+        step_once(token_model, optimizer, recorder)
+        with pytest.raises(OSError, match="No space left"):
+            step_once(token_model, optimizer, recorder)
+        with pytest.raises(OSError, match="No space left"):
+            recorder.state_dict()
+        step_once(token_model, optimizer, recorder)
+        with pytest.raises(OSError, match="No space left"):
+            recorder.state_dict()
+        assert gk.rollback.open(tmp_path / "run").steps == 1
+        disk[0] = False
+        step_once(token_model, optimizer, recorder)
+        recorder.state_dict()
+        assert gk.rollback.open(tmp_path / "run").steps == 5
+        disk[0] = True
+        step_once(token_model, optimizer, recorder)
         with pytest.raises(OSError, match="No space left"):
             recorder.close()
         assert "forward" not in vars(token_model.hidden)
         with pytest.raises(LedgerError, match="recorder is closed"), recorder.batch([1]):
             pass
-        broken[0] = False
+        disk[0] = False
         recorder.close()
     ledger = gk.rollback.open(tmp_path / "run")
-    assert (ledger.steps, ledger.visits) == (4, 96)
+    assert (ledger.steps, ledger.visits) == (6, 144)
     assert ledger.verify(token_model).passed
+
+
+def test_on_a_full_disk_training_can_go_on_without_the_recorder(token_model, tmp_path, disk):
+    alone = copy.deepcopy(token_model)
+    other = gk.AdamW(alone.parameters(), lr=1e-2)
+    optimizer = gk.AdamW(token_model.parameters(), lr=1e-2)
+    recorder = gk.rollback.record(token_model, optimizer, tmp_path / "run", steps_per_segment=1, on_write_error="stop")
+    step_once(token_model, optimizer, recorder)
+    recorder.state_dict()
+    disk[0] = True
+    step_once(token_model, optimizer, recorder)
+    with pytest.warns(UserWarning, match=r"No space left.*ends with step 1 of 3\. Training goes on"):
+        step_once(token_model, optimizer, recorder)
+    disk[0] = False
+    assert "forward" not in vars(token_model.hidden)
+    step_once(token_model, optimizer, recorder)
+    with pytest.raises(LedgerError, match="has stopped"):
+        recorder.state_dict()
+    recorder.close()
+    recorder.close()
+    ledger = gk.rollback.open(tmp_path / "run")
+    assert (ledger.steps, ledger.complete) == (1, False)
+    assert ledger.verify().checks[0].passed
+    data = token_data()
+    for _ in range(4):
+        token_loss(alone(data), data).backward()
+        other.step()
+        other.zero_grad()
+    assert all(map(same_bits, token_model.parameters(), alone.parameters()))
+
+
+def test_a_disk_that_is_full_at_the_end_can_be_left_at_that(token_model, tmp_path, disk):
+    optimizer = gk.AdamW(token_model.parameters(), lr=1e-2)
+    recorder = gk.rollback.record(token_model, optimizer, tmp_path / "run", on_write_error="stop")
+    step_once(token_model, optimizer, recorder)
+    disk[0] = True
+    with pytest.warns(UserWarning, match="ends with step 0 of 1"):
+        recorder.close()
+    assert not gk.rollback.open(tmp_path / "run").complete
+
+
+def test_steps_wait_for_a_disk_that_is_slow(token_model, tmp_path, monkeypatch):
+    """No more than two files of steps are ever in memory."""
+    optimizer = gk.AdamW(token_model.parameters(), lr=1e-2)
+    commit, turns = StoreWriter.commit_segment, threading.Semaphore(0)
+    behind = []
+
+    def slow(self, *args):
+        turns.acquire()
+        commit(self, *args)
+
+    monkeypatch.setattr(StoreWriter, "commit_segment", slow)
+    with gk.rollback.record(token_model, optimizer, tmp_path / "run", steps_per_segment=2) as recorder:
+        for _ in range(3):
+            step_once(token_model, optimizer, recorder)
+        trainer = threading.Thread(target=step_once, args=(token_model, optimizer, recorder))
+        trainer.start()
+        trainer.join(timeout=1.0)
+        behind.append(trainer.is_alive())
+        turns.release(100)
+        trainer.join()
+        behind.append(trainer.is_alive())
+    assert behind == [True, False]
+    assert recorder.held_bytes() > 0
+    assert gk.rollback.open(tmp_path / "run").steps == 4
 
 
 def test_a_folder_that_another_process_created_meanwhile_is_not_removed(token_model, tmp_path, monkeypatch):
@@ -326,21 +418,15 @@ def test_an_interrupted_commit_is_made_once(token_model, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(StoreWriter, "_commit", interrupted)
-    data = token_data()
-    for step in range(4):
-        with recorder.batch(torch.arange(3)):
-            token_loss(token_model(data[:3]), data[:3]).backward()
-        if step == 1:
-            with pytest.raises(KeyboardInterrupt):
-                optimizer.step()
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
+    for _ in range(3):
+        step_once(token_model, optimizer, recorder)
+    with pytest.raises(KeyboardInterrupt):
+        step_once(token_model, optimizer, recorder)
     recorder.close()
     assert len(set(calls)) == len(calls), "a file was written twice under one name"
     ledger = gk.rollback.open(tmp_path / "run")
     assert ledger.steps == 4
-    assert ledger.visits == 12
+    assert ledger.visits == 96
     assert ledger.verify(token_model).passed
 
 

@@ -1,0 +1,128 @@
+"""What a recorder keeps so that training can be run again: micro-batches, random numbers, options of the optimizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradkern.rollback._layout import digest_parameters
+
+__all__ = ["ReplayLog", "StepLog", "describe_options", "digest_model"]
+
+_DIGEST_BYTES = 32
+
+# What options of an optimizer are, other than parameters.
+_PLAIN = (bool, int, float, str, tuple, Tensor, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class StepLog:
+    """Of one optimizer step.
+
+    Attributes:
+        sizes: Visits of each micro-batch, in order.
+        states: Of each, the state of torch's generator of the CPU before it, uint8.
+        options: See :func:`describe_options`.
+        digest: See :func:`digest_model`, of the model after the step; None where it was not taken.
+    """
+
+    sizes: Sequence[int]
+    states: Sequence[Tensor]
+    options: str
+    digest: str | None
+
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        return sum(state.nbytes for state in self.states)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayLog:
+    """Of a segment.
+
+    Attributes:
+        step_bounds: Shape ``(steps + 1,)``, int64: step ``t`` has the micro-batches from ``[t]`` to ``[t + 1]``.
+        batch_bounds: Shape ``(micro-batches + 1,)``, int64: of each its visits.
+        state_index: Shape ``(micro-batches,)``, int64: of each its row of ``states``.
+        states: Shape ``(n, bytes)``, uint8.
+        options: UTF-8 of a JSON list, uint8: of every step its options.
+        digests: Shape ``(steps, 32)``, uint8; zeros where none was taken.
+    """
+
+    step_bounds: Tensor
+    batch_bounds: Tensor
+    state_index: Tensor
+    states: Tensor
+    options: Tensor
+    digests: Tensor
+
+    @classmethod
+    def build(cls, steps: Sequence[StepLog]) -> ReplayLog:
+        """Join the logs of consecutive steps; equal states are kept once."""
+        states = [state for step in steps for state in step.states]
+        rows: dict[bytes, int] = {}
+        index = [rows.setdefault(state.numpy().tobytes(), len(rows)) for state in states]
+        by_row = dict(zip(index, states, strict=True))
+        digests = [bytes.fromhex(step.digest) if step.digest else bytes(_DIGEST_BYTES) for step in steps]
+        return cls(
+            step_bounds=_bounds([len(step.sizes) for step in steps]),
+            batch_bounds=_bounds([size for step in steps for size in step.sizes]),
+            state_index=torch.tensor(index, dtype=torch.int64),
+            states=torch.stack([by_row[row] for row in range(len(rows))])
+            if rows
+            else torch.empty(0, 0, dtype=torch.uint8),
+            options=_as_bytes(json.dumps([json.loads(step.options) for step in steps])),
+            digests=torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[ReplayLog]) -> ReplayLog:
+        """Put those of consecutive segments into one."""
+        return cls.build([step for part in parts for step in part.steps()])
+
+    def steps(self) -> list[StepLog]:
+        """The logs of the steps."""
+        options, sizes = json.loads(self.options.numpy().tobytes()), self.batch_bounds.diff().tolist()
+        bounds = self.step_bounds.tolist()
+        return [
+            StepLog(
+                sizes[first:end],
+                [self.states[row] for row in self.state_index[first:end].tolist()],
+                json.dumps(options[at]),
+                self.digests[at].numpy().tobytes().hex() if bool(self.digests[at].any()) else None,
+            )
+            for at, (first, end) in enumerate(pairwise(bounds))
+        ]
+
+
+def describe_options(model: nn.Module, param_groups: Sequence[Mapping[str, Any]]) -> str:
+    """What can change from step to step, as JSON: numbers of the optimizer's groups, modules that are in eval mode."""
+    groups = [
+        {
+            key: float(value) if isinstance(value, Tensor) else value
+            for key, value in group.items()
+            if key != "params" and isinstance(value, _PLAIN)
+        }
+        for group in param_groups
+    ]
+    is_evaluating = [name for name, module in model.named_modules() if not module.training]
+    return json.dumps({"groups": groups, "eval": is_evaluating})
+
+
+def digest_model(model: nn.Module) -> str:
+    """Of all parameters and buffers, bit for bit."""
+    return digest_parameters({**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+
+def _bounds(sizes: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)

@@ -1,0 +1,106 @@
+"""Writes finished steps to a ledger on a thread of its own, while training goes on.
+
+Of steps there are at most two segments in memory: one that is being written and one that fills up. Where writing is
+slower than training, handing over the second waits for the first.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from gradkern.rollback._layout import Layout
+from gradkern.rollback._segment import Segment, StepRecord
+from gradkern.rollback._store import StoreWriter
+
+__all__ = ["Writer"]
+
+
+class _Job(NamedTuple):
+    """Steps that were handed to the thread; the first has the number ``first_step``."""
+
+    first_step: int
+    steps: list[StepRecord]
+    nbytes: int
+    future: Future[None]
+
+
+class Writer:
+    """Commits steps in order, each exactly once, whatever interrupts it.
+
+    Args:
+        store: Where to; it says which step comes next.
+        layout: Of the records.
+        steps_per_segment: Steps in a file, but the last before :meth:`flush`.
+
+    Attributes:
+        most_bytes: The most that steps have taken so far, with the copy of a segment that is made to write it.
+    """
+
+    def __init__(self, store: StoreWriter, layout: Layout, steps_per_segment: int) -> None:
+        self._store = store
+        self._layout = layout
+        self._steps_per_segment = steps_per_segment
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="gradkern-ledger")
+        self._end_step = store.steps
+        self._waiting: list[StepRecord] = []
+        self._waiting_bytes = 0
+        self._job: _Job | None = None
+        self.most_bytes = 0
+
+    def put(self, step: StepRecord) -> None:
+        """Take a step, to be committed with those around it.
+
+        Raises:
+            OSError, sqlite3.Error: An earlier segment could not be written. Its steps and this one are kept and are
+                written with the next.
+        """
+        self._waiting.append(step)
+        self._waiting_bytes += step.nbytes()
+        self._end_step += 1
+        written_bytes = 0 if self._job is None or self._job.future.done() else 2 * self._job.nbytes
+        self.most_bytes = max(self.most_bytes, self._waiting_bytes + written_bytes)
+        if len(self._waiting) >= self._steps_per_segment:
+            self._hand_over()
+
+    def flush(self) -> None:
+        """Return once every step that was put is durable.
+
+        Raises:
+            OSError, sqlite3.Error: As :meth:`put`.
+        """
+        if self._waiting:
+            self._hand_over()
+        self._finish_job()
+
+    def close(self) -> None:
+        """End the thread, after what it is doing; steps that were not handed to it are forgotten."""
+        self._executor.shutdown()
+
+    def _hand_over(self) -> None:
+        self._finish_job()
+        first_step, steps, nbytes = self._end_step - len(self._waiting), self._waiting, self._waiting_bytes
+        self.most_bytes = max(self.most_bytes, 2 * nbytes)
+        self._job = _Job(first_step, steps, nbytes, self._executor.submit(self._commit, first_step, steps))
+        self._waiting, self._waiting_bytes = [], 0
+
+    def _finish_job(self) -> None:
+        """Wait for the thread, and take back what it could not commit."""
+        if self._job is None:
+            return
+        error = self._job.future.exception()
+        left = self._job.steps[self._committed_since(self._job.first_step) :]
+        self._waiting_bytes += sum(step.nbytes() for step in left)
+        self._waiting, self._job = left + self._waiting, None
+        if error is not None:
+            raise error
+
+    def _commit(self, first_step: int, steps: list[StepRecord]) -> None:
+        # A commit may have taken effect before it was interrupted.
+        steps = steps[self._committed_since(first_step) :]
+        if steps:
+            segment = Segment.build(self._layout, steps)
+            self._store.commit_segment(segment.tensors(), segment.steps, len(segment.visit_ids))
+
+    def _committed_since(self, first_step: int) -> int:
+        return max(0, self._store.committed_steps() - first_step)

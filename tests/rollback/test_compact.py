@@ -1,0 +1,163 @@
+"""Compacting changes how many files there are, and nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+
+import pytest
+import torch
+from recorded_models import TokenModel, token_data, token_loss
+from torch import nn
+
+import gradkern as gk
+from gradkern.errors import LedgerError
+from gradkern.rollback._segment import Segment
+from gradkern.rollback._store import StoreReader
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "gradkern", "recorded_models"])
+
+
+@pytest.fixture
+def recorded(token_model, train):
+    return train(token_model, token_data(), steps=9, steps_per_segment=2, name="ledger")
+
+
+def whole(path) -> dict[str, torch.Tensor]:
+    """All records as one segment."""
+    store = StoreReader(path)
+    parts = [Segment.from_tensors(store.layout, store.load(entry)) for entry in store.segments]
+    return Segment.join(store.layout, parts).tensors()
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor.nan_to_num(), expected[name].nan_to_num()), name
+
+
+def test_all_that_was_recorded_is_still_there(recorded):
+    before, tensors = recorded.ledger(), whole(recorded.path)
+    scores = before.scores(recorded.model, token_data()[:2], loss_fn=token_loss)
+    (recorded.path / "segments" / "000099.safetensors").write_bytes(b"left by a kill")
+    (recorded.path / "segments" / "000100.partial").write_bytes(b"left by a kill")
+    (recorded.path / "notes.txt").write_text("the user's own")
+    assert gk.rollback.compact(recorded.path) == 1
+    after = recorded.ledger()
+    assert (after.steps, after.visits, after.complete) == (before.steps, before.visits, True)
+    assert_equal(whole(recorded.path), tensors)
+    assert after.verify(recorded.model).passed
+    found = after.scores(recorded.model, token_data()[:2], loss_fn=token_loss)
+    assert torch.equal(found.ids, scores.ids)
+    torch.testing.assert_close(found.scores, scores.scores, rtol=1e-6, atol=0.0)
+    assert len(list((recorded.path / "segments").iterdir())) == 1
+    assert (recorded.path / "notes.txt").exists()
+
+
+def test_files_stay_below_what_was_asked_for(recorded):
+    tensors = whole(recorded.path)
+    sizes = [entry.bytes for entry in StoreReader(recorded.path).segments]
+    assert gk.rollback.compact(recorded.path, segment_bytes=sizes[0] + sizes[1]) == 3
+    entries = StoreReader(recorded.path).segments
+    assert [(entry.first_step, entry.end_step) for entry in entries] == [(0, 4), (4, 8), (8, 9)]
+    assert max(entry.bytes for entry in entries) <= sizes[0] + sizes[1]
+    assert gk.rollback.compact(recorded.path, segment_bytes=1) == 3
+    assert_equal(whole(recorded.path), tensors)
+
+
+class Branches(nn.Module):
+    """Uses one layer in the first steps and the other in the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x, use_second):
+        return (self.second if use_second else self.first)(x)
+
+
+def test_steps_that_left_a_parameter_alone(tmp_path):
+    torch.manual_seed(0)
+    model, path = Branches(), tmp_path / "ledger"
+    optimizer = gk.AdamW(model.parameters(), lr=1e-2)
+    with gk.rollback.record(model, optimizer, path, steps_per_segment=2) as recorder:
+        for step in range(6):
+            with recorder.batch(range(4)):
+                model(torch.randn(4, 3), step >= 2).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    assert gk.rollback.compact(path) == 1
+    assert gk.rollback.open(path).verify(model).passed
+
+
+def test_a_ledger_can_be_resumed_where_a_file_ends(tmp_path):
+    torch.manual_seed(0)
+    model = TokenModel()
+    optimizer, path, data = gk.AdamW(model.parameters(), lr=1e-2), tmp_path / "ledger", token_data()
+    states = []
+
+    def train(recorder, steps):
+        for _ in range(steps):
+            with recorder.batch(range(24)):
+                token_loss(model(data), data).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with gk.rollback.record(model, optimizer, path) as recorder:
+        for steps in (2, 3):
+            train(recorder, steps)
+            state = recorder.state_dict()
+            states.append({**state, "sums": state["sums"]})
+    assert gk.rollback.compact(path) == 1
+    with pytest.raises(LedgerError, match="cannot go on after step 2"):
+        gk.rollback.record(
+            model, optimizer, path, resume={**states[0], "parameter_digest": states[1]["parameter_digest"]}
+        )
+    with gk.rollback.record(model, optimizer, path, resume=states[1]) as recorder:
+        train(recorder, 2)
+    ledger = gk.rollback.open(path)
+    assert ledger.steps == 7
+    assert ledger.verify(model).passed
+
+
+def test_bad_requests_are_refused(recorded, tmp_path):
+    with pytest.raises(ValueError, match="segment_bytes must be at least 1, got 0"):
+        gk.rollback.compact(recorded.path, segment_bytes=0)
+    with pytest.raises(LedgerError, match="is no ledger"):
+        gk.rollback.compact(tmp_path / "nowhere")
+    model = TokenModel()
+    with (
+        gk.rollback.record(model, gk.AdamW(model.parameters()), tmp_path / "open"),
+        pytest.raises(LedgerError, match="something records into"),
+    ):
+        gk.rollback.compact(tmp_path / "open")
+    files = sorted((recorded.path / "segments").iterdir())
+    files[1].write_bytes(files[1].read_bytes()[:-1] + b"x")
+    before = {file: file.read_bytes() for file in files}
+    with pytest.raises(LedgerError, match=r"000001.* is damaged"):
+        gk.rollback.compact(recorded.path)
+    assert {file: file.read_bytes() for file in files} == before
+
+
+def compact_in_child(path, started) -> None:
+    started.set()
+    gk.rollback.compact(path, segment_bytes=1 << 14)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kills_lose_nothing(recorded, seed):
+    tensors, drawn = whole(recorded.path), random.Random(seed)
+    started = PROCESSES.Event()
+    process = PROCESSES.Process(target=compact_in_child, args=(recorded.path, started))
+    process.start()
+    assert started.wait(60)
+    time.sleep(drawn.uniform(0.0, 0.04))
+    process.kill()
+    process.join()
+    assert recorded.ledger().verify(recorded.model).passed
+    assert_equal(whole(recorded.path), tensors)
+    gk.rollback.compact(recorded.path)
+    assert_equal(whole(recorded.path), tensors)
