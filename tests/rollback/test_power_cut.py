@@ -270,6 +270,15 @@ def test_a_journal_that_comes_back_is_noticed(recording, reader):
     assert "cannot be read (no such table: meta)" in first_broken(trace, reader, "all is lost")
 
 
+@pytest.mark.parametrize("run", ["segment_fails", "deltas_fail"])
+def test_a_repeated_close_waits_for_the_disk(recordings, tmp_path, run):
+    """A commit that fails at its very end, when the journal has gone but not for good, has to be finished."""
+    trace = recordings[run].trace
+    assert [operation.path for operation in trace if operation.name == "fail"] == [LEDGER]
+    cases = cut_everywhere(trace, Reader(recordings[run].model, tmp_path), "all is lost")
+    assert [case for case in cases if case.broken] == []
+
+
 FILE, FOLDER = 3, 4
 
 
