@@ -235,8 +235,10 @@ class StoreWriter:
         return self.steps
 
     def commit_closing(self, deltas: Mapping[str, torch.Tensor], closing_facts: Closing) -> None:
-        """Make the ledger complete; does nothing where an interrupted call already did."""
+        """Make the ledger complete; where an interrupted call already did, only wait for the disk."""
         if self._catalog.execute("SELECT 1 FROM files WHERE role = 'deltas'").fetchone():
+            # A COMMIT whose last sync failed has taken effect, but a power cut could bring its journal back.
+            _sync_folder(self._path)
             return
         entry = self._write("deltas.safetensors", "deltas", deltas, self.steps, self.steps)
         values = (
