@@ -458,6 +458,7 @@ def _take_lock(path: Path) -> sqlite3.Connection:
     # Of a file of its own, so that readers of the catalog are not kept out.
     lock = sqlite3.connect(path / _LOCK, isolation_level=None, check_same_thread=False, timeout=0)
     try:
+        lock.execute("PRAGMA journal_mode = OFF")  # nothing is ever written, a journal would only be left by a kill
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
         lock.close()

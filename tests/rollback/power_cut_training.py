@@ -46,6 +46,8 @@ def train(run: str, folder: Path) -> TokenModel:
             token_loss(model(data), data).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if step % STEPS_PER_SEGMENT == 0:
+            recorder.state_dict()
         promise(str(step // STEPS_PER_SEGMENT * STEPS_PER_SEGMENT))
     if RUNS[run]:
         tracer.trace_fail_sync(RUNS[run])
