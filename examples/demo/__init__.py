@@ -1,1 +1,1 @@
-"""The parts of ``quickstart.py``, one job a module; ``quickstart.py`` puts them in order."""
+"""The parts of the examples, one job a module; the scripts beside this folder put them in order."""
