@@ -262,8 +262,8 @@ class Ledger:
             LedgerError: An id was never recorded, ``model`` is another model or has other parameter values, a file is
                 damaged, the ledger lacks what the method needs, or ``replay`` gives other parameters than were
                 recorded.
-            UndoRefusedError: The change of ``"fast"`` would not be small: it grew on its way, or the outputs on
-                ``probe`` do not follow from their derivatives.
+            UndoRefusedError: ``"fast"`` cannot be trusted: the change grew on its way, or the outputs on ``probe`` are
+                far from linear in it.
         """
         if method not in ("exact", "fast"):
             raise ValueError(f"undo: method must be 'exact' or 'fast', got {method!r}{_WHY_NOT.get(method, '')}")

@@ -129,7 +129,8 @@ class Replayer:
                 yield ReplayStep(step, kept, model)
                 for each, state in zip(kept, log.states, strict=True):
                     if len(each):
-                        torch.set_rng_state(state)
+                        # A copy: torch reads it as aligned, which a view into a file's bytes need not be.
+                        torch.set_rng_state(state.clone())
                         loss = compute_loss(model, self._replay.fetch(each), self._replay.loss_fn)
                         (loss / self._replay.accumulate if self._replay.accumulate != 1 else loss).backward()
                 optimizer.step()

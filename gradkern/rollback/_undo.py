@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
 
 from gradkern.errors import UndoRefusedError
 from gradkern.loss import Batch
@@ -30,6 +29,9 @@ from gradkern.rollback._smoothing import unsmooth
 from gradkern.rollback._sweep import require_curvature
 
 __all__ = ["Undone", "apply_change", "propagate"]
+
+# Of the change of the parameters, what is made first, to see where the outputs go. Less would drown in rounding.
+_FIRST_PART = 0.125
 
 # Of the change of the outputs, what may not be linear in that of the parameters.
 _MOST_NONLINEAR = 0.5
@@ -46,8 +48,8 @@ class Undone:
         model: A copy of the given model with other parameters; ``"exact"`` also has the buffers of the new training.
         method: ``"exact"`` or ``"fast"``.
         growth: Of ``"fast"``: norm of the change over that of what the samples added; None for ``"exact"``.
-        nonlinearity: Of ``"fast"``: share of the change of the outputs on ``probe`` that does not follow from the
-            derivatives, from 0; None for ``"exact"``.
+        nonlinearity: Of ``"fast"``: share of the change of the outputs on ``probe`` that is not linear in that of the
+            parameters, by the outputs after its first eighth; None for ``"exact"``.
     """
 
     model: nn.Module
@@ -125,7 +127,7 @@ class _Change:
 
 
 def apply_change(model: nn.Module, changes: Mapping[str, Tensor], growth: float, probe: Batch, share: float) -> Undone:
-    """Change a copy of a model, unless the change is none that derivatives foretell.
+    """Change a copy of a model, unless the change is too large to be foretold to first order.
 
     Args:
         model: The trained model, left as it is.
@@ -143,39 +145,31 @@ def apply_change(model: nn.Module, changes: Mapping[str, Tensor], growth: float,
             f"{_MOST_GROWTH}: the steps were too large for the curvature, and the change is noise; use method='exact'"
         )
     twin = copy.deepcopy(model).eval()
-    names = {name: parameter.detach() for name, parameter in twin.named_parameters()}
-    tangents = {name: share * change.to(names[name]) for name, change in changes.items()}
-    kept = {name: parameter for name, parameter in names.items() if name in tangents}
-
-    def outputs(parameters: dict[str, Tensor]) -> Tensor:
-        return _output(twin, {**names, **parameters}, probe)
-
-    before, linear = jvp(outputs, (kept,), (tangents,))[:2]
-    moved = outputs({name: parameter + tangents[name] for name, parameter in kept.items()}) - before
-    distance = float(torch.linalg.vector_norm(moved))
-    nonlinearity = float(torch.linalg.vector_norm(moved - linear)) / distance if distance else 0.0
+    parts = [(parameter, changes[name]) for name, parameter in twin.named_parameters() if name in changes]
+    with torch.no_grad():
+        seen = [_output(twin, probe)]
+        for part in (_FIRST_PART, 1.0 - _FIRST_PART):
+            for parameter, change in parts:
+                parameter.add_(change.to(parameter), alpha=share * part)
+            seen.append(_output(twin, probe))
+    start, first, end = seen
+    distance = float(torch.linalg.vector_norm(end - start))
+    foretold = (first - start) / _FIRST_PART
+    nonlinearity = float(torch.linalg.vector_norm(end - start - foretold)) / distance if distance else 0.0
     if not nonlinearity <= _MOST_NONLINEAR:
         raise UndoRefusedError(
-            f"undo: of the change of the outputs on probe {nonlinearity:.0%} does not follow from derivatives, "
+            f"undo: of the change of the outputs on probe {nonlinearity:.0%} is not linear in that of the parameters, "
             f"expected at most {_MOST_NONLINEAR:.0%}: the samples matter too much for method='fast'; forget fewer at a "
             f"time, or use method='exact'"
         )
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            if name in tangents:
-                parameter.add_(tangents[name])
     for module, given in zip(twin.modules(), model.modules(), strict=True):
         module.training = given.training
     return Undone(twin, "fast", growth, nonlinearity)
 
 
-def _output(model: nn.Module, parameters: dict[str, Tensor], probe: Batch) -> Tensor:
+def _output(model: nn.Module, probe: Batch) -> Tensor:
     """What the model gives for the inputs of a batch: a tensor, or its logits."""
-    made: Any
-    if isinstance(probe, Mapping):
-        made = functional_call(model, parameters, (), dict(probe))
-    else:
-        made = functional_call(model, parameters, (probe if isinstance(probe, Tensor) else probe[0],))
+    made = model(**probe) if isinstance(probe, Mapping) else model(probe if isinstance(probe, Tensor) else probe[0])
     output: Any = getattr(made, "logits", made)
     if not isinstance(output, Tensor):
         raise TypeError(
