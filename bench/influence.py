@@ -62,20 +62,28 @@ class Setting:
         orders = [torch.randperm(len(self.inputs), generator=generator) for _ in range(self.epochs)]
         return list(torch.cat(orders).split(self.batch_size))
 
+    def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch."""
+        return self.inputs[rows], self.labels[rows]
+
+    def make_optimizer(self, model: nn.Module) -> gk.AdamW:
+        """As a run begins with it."""
+        return gk.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, max_norm=self.max_norm)
+
     def queries(self) -> list[tuple[Tensor, Tensor]]:
         """Every test point as a batch of its own."""
         return list(zip(self.test_inputs.split(1), self.test_labels.split(1), strict=True))
 
 
-def _digits() -> tuple[Tensor, Tensor]:
-    """Images of 8 x 8 in shuffled order, and their classes: the file in scikit-learn's wheel, without its imports."""
+def _table(name: str, skipped_rows: int = 0) -> tuple[Tensor, Tensor]:
+    """A file in scikit-learn's wheel, without its imports, in shuffled order: all columns but the last, and the last."""
     found = importlib.machinery.PathFinder.find_spec("sklearn", [*sys.path, str(FOLDER)])
     if found is None or found.submodule_search_locations is None:
-        raise ImportError("the digits come with scikit-learn, which is not installed; try `make bench-peers`")
-    file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
-    table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+        raise ImportError("the data comes with scikit-learn, which is not installed; try `make dev`")
+    file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / name
+    table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32, skiprows=skipped_rows))
     table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
-    return table[:, :-1] / 16, table[:, -1].long()
+    return table[:, :-1], table[:, -1].long()
 
 
 def _mlp() -> nn.Module:
@@ -84,7 +92,8 @@ def _mlp() -> nn.Module:
 
 def digits_mlp() -> Setting:
     """1,000 of scikit-learn's digits, an MLP of 6,570 parameters."""
-    inputs, labels = _digits()
+    inputs, labels = _table("digits.csv.gz")
+    inputs = inputs / 16
     return Setting(_mlp, inputs[:1000], labels[:1000], inputs[1000:1100], labels[1000:1100])
 
 
@@ -106,19 +115,29 @@ def digits_cnn() -> Setting:
     return replace(digits_mlp(), make_model=_cnn)
 
 
-SETTINGS = {"digits, MLP": digits_mlp, "digits, CNN": digits_cnn}
+def _small_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(30, 32), nn.GELU(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 2))
 
 
-def record_run(setting: Setting, seed: int, path: Path) -> tuple[nn.Module, Ledger]:
+def breast_cancer_mlp() -> Setting:
+    """The Wisconsin breast cancer data: 30 measures of 569 tumours, an MLP of 1,554 parameters."""
+    inputs, labels = _table("breast_cancer.csv", skipped_rows=1)
+    inputs = (inputs - inputs[:469].mean(0)) / inputs[:469].std(0)
+    return Setting(_small_mlp, inputs[:469], labels[:469], inputs[469:], labels[469:])
+
+
+SETTINGS = {"digits, MLP": digits_mlp, "digits, CNN": digits_cnn, "breast cancer, MLP": breast_cancer_mlp}
+
+
+def record_run(setting: Setting, seed: int, path: Path, *, replayable: bool = False) -> tuple[nn.Module, Ledger]:
     """Train once, recorded."""
     model = setting.model(seed)
-    optimizer = gk.AdamW(
-        model.parameters(), lr=setting.lr, weight_decay=setting.weight_decay, max_norm=setting.max_norm
-    )
-    with gk.rollback.record(model, optimizer, path) as recorder:
+    optimizer = setting.make_optimizer(model)
+    with gk.rollback.record(model, optimizer, path, replayable=replayable) as recorder:
         for rows in setting.batches(seed):
+            inputs, labels = setting.fetch(rows)
             with recorder.batch(rows):
-                nn.functional.cross_entropy(model(setting.inputs[rows]), setting.labels[rows]).backward()
+                nn.functional.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
     return model, gk.rollback.open(path)
