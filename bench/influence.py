@@ -76,7 +76,7 @@ class Setting:
 
 
 def _table(name: str, skipped_rows: int = 0) -> tuple[Tensor, Tensor]:
-    """A file in scikit-learn's wheel, without its imports, in shuffled order: all columns but the last, and the last."""
+    """A file in scikit-learn's wheel, read without its imports: all columns but the last, and the last, shuffled."""
     found = importlib.machinery.PathFinder.find_spec("sklearn", [*sys.path, str(FOLDER)])
     if found is None or found.submodule_search_locations is None:
         raise ImportError("the data comes with scikit-learn, which is not installed; try `make dev`")

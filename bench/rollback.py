@@ -5,8 +5,8 @@ scores for the recorded run itself with that share of its samples left out, ``tr
 the samples and the mean loss over runs with other seeds. Of every score there is the mean over recorded seeds and half
 the width of the 95 % interval of that mean (Student's t).
 
-``undo_*``: of random sets of samples of a recorded run, ``KL(trained without || fast) / KL(trained without || untouched)``
-on the test points, median over sets and seeds; and the share of sets for which it is below 1.
+``undo_*``: of random sets of samples of a recorded run, ``KL(trained without || fast)`` over ``KL(trained without ||
+untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
 """
 
 from __future__ import annotations
