@@ -14,6 +14,7 @@ from gradkern.rollback._fidelity import Fidelity
 from gradkern.rollback._layout import Layout
 from gradkern.rollback._records import RECORD_TYPES, Record
 from gradkern.rollback._replay_log import ReplayLog, StepLog
+from gradkern.rollback._sharing import share_equal, unshare
 
 __all__ = ["Segment", "StepRecord", "StepScalars"]
 
@@ -160,7 +161,7 @@ class Segment:
                 named[f"stream/{stream}/{name}"] = tensor
         if self.log is not None:
             named |= {f"replay/{field.name}": getattr(self.log, field.name) for field in fields(self.log)}
-        return named
+        return share_equal(named)
 
     @classmethod
     def from_tensors(cls, layout: Layout, named: Mapping[str, torch.Tensor]) -> Segment:
@@ -169,6 +170,7 @@ class Segment:
         Raises:
             LedgerError: A tensor is missing or unknown.
         """
+        named = unshare(named)
         grouped: dict[str, defaultdict[int, dict[str, torch.Tensor]]] = {
             "preconditioner": defaultdict(dict),
             "stream": defaultdict(dict),

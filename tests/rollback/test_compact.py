@@ -14,6 +14,7 @@ from torch import nn
 import gradkern as gk
 from gradkern.errors import LedgerError
 from gradkern.rollback._segment import Segment
+from gradkern.rollback._sharing import unshare
 from gradkern.rollback._store import StoreReader
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -29,7 +30,7 @@ def whole(path) -> dict[str, torch.Tensor]:
     """All records as one segment."""
     store = StoreReader(path)
     parts = [Segment.from_tensors(store.layout, store.load(entry)) for entry in store.segments]
-    return Segment.join(store.layout, parts).tensors()
+    return unshare(Segment.join(store.layout, parts).tensors())
 
 
 def assert_equal(found, expected):
