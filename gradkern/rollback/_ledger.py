@@ -248,16 +248,16 @@ class Ledger:
                 samples left out of their micro-batches and the random numbers of every micro-batch as they were: bit
                 for bit what such a training gives. ``"fast"`` needs no training data: it carries the absence of the
                 samples through the recorded steps as ``estimator="ref"`` carries influence, to first order.
-            replay: For ``"exact"``: how to train. It is tried out first, on the first recorded steps as they were.
+            replay: For ``"exact"``: how to train. It is tried out first, on the whole training as it was.
             probe: For ``"fast"``: inputs, as in a query, on which the outputs before and after are compared.
             share: For ``"fast"``: of the change that is made. Half of it was on the safe side in all our measurements.
-            progress: For ``"exact"``: called with the number of steps made and of all.
+            progress: For ``"exact"``: called with the number of steps made and of all, of both trainings.
 
         Returns:
             The model that comes out, and how far to trust it.
 
         Raises:
-            ValueError: ``ids`` are empty, ``method`` is neither, or what it needs is missing.
+            ValueError: ``ids`` are empty, ``method`` is neither, what it needs is missing, ``share`` is not in (0, 1].
             TypeError: ``ids`` are not integers, or ``model`` returns neither a tensor nor ``.logits``.
             LedgerError: An id was never recorded, ``model`` is another model or has other parameter values, a file is
                 damaged, the ledger lacks what the method needs, or ``replay`` gives other parameters than were
@@ -279,10 +279,13 @@ class Ledger:
             if replay is None:
                 raise ValueError("undo: method='exact' trains again and needs replay=Replay(fetch, make_optimizer)")
             replayer = Replayer(self._store, model, replay)
-            replayer.check()
-            return Undone(replayer.train(forgotten, progress), "exact")
+            told = progress or _untold
+            replayer.check(lambda step, total: told(step, 2 * total))
+            return Undone(replayer.train(forgotten, lambda step, total: told(total + step, 2 * total)), "exact")
         if probe is None:
             raise ValueError("undo: method='fast' needs probe=, inputs on which to compare the outputs")
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"undo: share must be above 0 and at most 1, got {share}")
         owned = self._owned(self._layout.trained_parameters(model))
         segments = (self._segment(entry) for entry in self._store.segments)
         changes, growth = propagate(self._layout, owned, segments, forgotten)
@@ -428,6 +431,10 @@ class Ledger:
 
     def _segment(self, entry: FileEntry) -> Segment:
         return Segment.from_tensors(self._layout, self._store.load(entry))
+
+
+def _untold(step: int, total: int) -> None:
+    """Nobody asked for progress."""
 
 
 def _query_gradients(

@@ -36,7 +36,7 @@ __all__ = ["RecordableOptimizer", "Recorder", "record"]
 _COMPARE_EVERY = 8
 
 # Of what state_dict() gives.
-_STATE = {"ledger_id", "steps", "parameter_digest", "scale", "sums"}
+_STATE = {"ledger_id", "steps", "optimizer_steps", "parameter_digest", "scale", "sums"}
 
 
 class RecordableOptimizer(StepEventSource, Protocol):
@@ -111,7 +111,7 @@ def record(
     Raises:
         LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already. With
             ``resume``: ``path`` is not the ledger that it belongs to or lacks steps before it, something records there,
-            or the parameters are not those of the checkpoint. Nothing is changed then.
+            or the parameters or the optimizer's steps are not those of the checkpoint. Nothing is changed then.
         ValueError: ``rank`` or ``steps_per_segment`` is below 1; ``on_write_error`` is neither; ``output`` names no
             recorded Linear; a trained parameter can neither be recorded nor is in ``unowned``; a pattern matches
             nothing.
@@ -157,7 +157,7 @@ class Recorder:
     """A recording in progress; made by :func:`record`.
 
     One recorder belongs to one training loop in one thread. It holds three fp32 tensors of every recorded
-    parameter's size (the conservation check) and the records of the steps since the last file.
+    parameter's size (the conservation check) and the records of up to two files of steps.
     """
 
     def __init__(
@@ -182,6 +182,8 @@ class Recorder:
                 "record: replayable=True needs a model on the CPU; the random numbers of others are not kept"
             )
         self._replayed = (model, optimizer.param_groups) if replayable else None
+        if replayable:
+            describe_options(model, optimizer.param_groups)  # or the first step would fail
         self._layout = ownership.layout
         self._parameters = ownership.parameters
         self._indices = {id(parameter): index for index, parameter in enumerate(self._parameters)}
@@ -189,11 +191,13 @@ class Recorder:
         self._shadows = Shadows(self._parameters, self._layout.parameters)
         self._intake = Intake(ownership, self._shadows, rank, is_declared=output is not None)
         self._steps = 0
+        self._optimizer = optimizer
         if resume is None:
-            self._require_fresh(optimizer)
+            self._require_fresh()
         else:
             self._load_state(resume)
         self._require_no_gradients()
+        self._is_whole = True
         self._stops = stops
         self._stopped = False
         self._detached = False
@@ -278,7 +282,8 @@ class Recorder:
             in use, as in torch: save or copy them before the next step.
 
         Raises:
-            LedgerError: The recorder is closed or has stopped, or gradients wait for a step.
+            LedgerError: The recorder is closed or has stopped, gradients wait for a step, or a step could not be
+                recorded.
             OSError, sqlite3.Error: The ledger cannot be written.
         """
         if self._detached:
@@ -290,9 +295,15 @@ class Recorder:
                 f"recorder.state_dict: gradients of {self._intake.waiting_visits} visits wait for a step; call it "
                 f"after optimizer.step() and before the next backward, or discard() them"
             )
+        if not self._is_whole:
+            raise LedgerError(
+                "recorder.state_dict: an earlier step was made whose records were interrupted or refused, so this "
+                "recording lacks it for good; go back to a checkpoint from before it"
+            )
         self._writer.flush()
         return {
             "ledger_id": self._store.ledger_id,
+            "optimizer_steps": self._optimizer_steps(),
             "steps": self._steps,
             "parameter_digest": digest_parameters(self._named()),
             "scale": self._intake.scale,
@@ -334,6 +345,7 @@ class Recorder:
         if event.skipped is not None and bool(event.skipped):
             self.discard()
             return
+        self._is_whole, was_whole = False, self._is_whole
         updates = self._tracked(event)
         visits = self._intake.take()
         records = [(stream, record.cpu()) for stream, record in visits.records]
@@ -365,8 +377,10 @@ class Recorder:
             preconditioners=preconditioners,
             log=self._log(visits),
         )
+        self._writer.put(step)
         self._steps += 1
-        self._write(lambda: self._writer.put(step))
+        self._is_whole = was_whole
+        self._write(self._writer.write_full)
 
     def _log(self, visits: Visits) -> StepLog | None:
         if self._replayed is None:
@@ -386,7 +400,7 @@ class Recorder:
             self._detach()
             warnings.warn(
                 f"the ledger cannot be written ({error}); recording has stopped, and the ledger ends with step "
-                f"{self._store.committed_steps()} of {self._steps}. Training goes on",
+                f"{self._store.steps} of {self._steps}. Training goes on",
                 stacklevel=2,
             )
 
@@ -469,17 +483,27 @@ class Recorder:
                 "record: the parameters differ from those of the checkpoint that resume= belongs to; load that "
                 "checkpoint into the model and the optimizer first"
             )
+        if self._optimizer_steps() != state["optimizer_steps"]:
+            raise LedgerError(
+                f"record: the optimizer has made {max(self._optimizer_steps().values(), default=0)} steps, expected "
+                f"{max(state['optimizer_steps'].values(), default=0)} as in the checkpoint that resume= belongs to; "
+                f"load its state into the optimizer first"
+            )
         self._steps = state["steps"]
         self._intake.scale = state["scale"]
         self._shadows.load_state_dict(state["sums"])
 
-    def _require_fresh(self, optimizer: RecordableOptimizer) -> None:
+    def _optimizer_steps(self) -> dict[str, int]:
+        """How many steps the optimizer has made on each parameter; 0 where it does not count them."""
+        states = {name: self._optimizer.state.get(parameter) or {} for name, parameter in self._named().items()}
+        return {name: int(state.get("step", 0)) for name, state in states.items()}
+
+    def _require_fresh(self) -> None:
         """Momentum from before the recording would belong to no sample."""
-        for name, parameter in self._named().items():
-            state = optimizer.state.get(parameter) or {}
-            if float(state.get("step", 0)) > 0:
+        for name, steps in self._optimizer_steps().items():
+            if steps:
                 raise LedgerError(
-                    f"record: the optimizer has already made {int(state['step'])} steps on {name!r}, whose "
+                    f"record: the optimizer has already made {steps} steps on {name!r}, whose "
                     f"momentum belongs to no recorded sample; start recording before the first step, or go on with the "
                     f"ledger of those steps: resume="
                 )

@@ -18,7 +18,7 @@ from gradkern.rollback._replay_log import StepLog, digest_model
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._store import StoreReader
 
-__all__ = ["Replay", "ReplayStep", "Replayer"]
+__all__ = ["Replay", "Replayer"]
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,6 @@ class Replay:
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     loss_fn: LossFn | None = None
     accumulate: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayStep:
-    """A step that is about to be made again.
-
-    Attributes:
-        step: Its number, from 0.
-        ids: Sample ids of its micro-batches, those without the forgotten.
-        model: With the parameters before the step and no gradients.
-    """
-
-    step: int
-    ids: list[Tensor]
-    model: nn.Module
 
 
 class Replayer:
@@ -76,17 +61,24 @@ class Replayer:
         self._store = store
         self._model = model
         self._replay = replay
+        self._total = max((entry.end_step for entry in store.segments), default=0)
 
-    def check(self) -> None:
-        """Run the first steps as they were, up to where the ledger knows what came out.
+    def check(self, progress: Callable[[int, int], None]) -> None:
+        """Run the training as it was, all samples included, and compare it with what the ledger knows came out.
+
+        Args:
+            progress: As for :meth:`train`.
 
         Raises:
-            LedgerError: Something else came out.
+            LedgerError: Something else came out, or the ledger knows nothing to compare with.
         """
-        for _ in self.steps(torch.empty(0, dtype=torch.int64), end_at_digest=True):
-            pass
+        if not self._run(torch.empty(0, dtype=torch.int64), progress)[1]:
+            raise LedgerError(
+                f"the training cannot be run again: the ledger ends after {self._total} steps without close(), before "
+                f"the first of its digests, so that nothing would tell a wrong replay; use method='fast'"
+            )
 
-    def train(self, forgotten: Tensor, progress: Callable[[int, int], None] | None = None) -> nn.Module:
+    def train(self, forgotten: Tensor, progress: Callable[[int, int], None]) -> nn.Module:
         """Train without some samples.
 
         Args:
@@ -96,16 +88,7 @@ class Replayer:
         Returns:
             The model that comes out, a new one.
         """
-        total = max((entry.end_step for entry in self._store.segments), default=0)
-        model = self._initial()
-        for each in self._run(model, forgotten, end_at_digest=False):
-            if progress is not None:
-                progress(each.step + 1, total)
-        return model
-
-    def steps(self, forgotten: Tensor, *, end_at_digest: bool = False) -> Iterator[ReplayStep]:
-        """Train without some samples, and show every step before it is made."""
-        return self._run(self._initial(), forgotten, end_at_digest=end_at_digest)
+        return self._run(forgotten, progress)[0]
 
     def _initial(self) -> nn.Module:
         """A copy of the model with the parameters and buffers that training began with."""
@@ -118,15 +101,16 @@ class Replayer:
         model.zero_grad()
         return model
 
-    def _run(self, model: nn.Module, forgotten: Tensor, *, end_at_digest: bool) -> Iterator[ReplayStep]:
+    def _run(self, forgotten: Tensor, progress: Callable[[int, int], None]) -> tuple[nn.Module, int]:
+        """The model that comes out, and how often it was compared on the way; never once a sample is missing."""
+        model = self._initial()
         optimizer = self._replay.make_optimizer(model)
-        is_whole = True
+        is_whole, compared = True, 0
         with _as_recorded(int(self._store.facts["threads"])):
             for step, log, ids in self._logged():
                 kept = [each[~torch.isin(each, forgotten)] for each in ids]
                 is_whole &= all(len(each) == len(all_of) for each, all_of in zip(kept, ids, strict=True))
                 _set_options(model, optimizer, log.options)
-                yield ReplayStep(step, kept, model)
                 for each, state in zip(kept, log.states, strict=True):
                     if len(each):
                         # A copy: torch reads it as aligned, which a view into a file's bytes need not be.
@@ -136,16 +120,18 @@ class Replayer:
                 optimizer.step()
                 optimizer.zero_grad()
                 if is_whole and log.digest is not None:
+                    compared += 1
                     if digest_model(model) != log.digest:
                         raise self._went_apart(step + 1)
-                    if end_at_digest:
-                        return
+                progress(step + 1, self._total)
         closing = self._store.closing
         if is_whole and closing is not None:
+            compared += 1
             trained = self._store.layout.trained_parameters(model)
             names = [info.name for info in self._store.layout.parameters]
             if digest_parameters(dict(zip(names, trained, strict=True))) != closing.parameter_digest:
-                raise self._went_apart(step + 1)
+                raise self._went_apart(self._total)
+        return model, compared
 
     def _logged(self) -> Iterator[tuple[int, StepLog, list[Tensor]]]:
         """Of every step its number, its log and the ids of its micro-batches."""
@@ -162,8 +148,9 @@ class Replayer:
         facts = self._store.facts
         return LedgerError(
             f"running the training again gave other parameters after {steps} steps than were recorded: fetch, "
-            f"loss_fn, accumulate or make_optimizer are not those of the run, forward ran outside recorder.batch, "
-            f"random numbers come from elsewhere than torch's generator, parameters that are not trained have changed, "
+            f"loss_fn, accumulate or make_optimizer are not those of the run or changed in it, micro-batches were "
+            f"discarded or gradients zeroed rather than set to None, forward ran outside recorder.batch, random "
+            f" numbers come from elsewhere than torch's generator, parameters that are not trained have changed, "
             f"or this machine computes otherwise (recorded with torch {facts['torch']} and {facts['threads']} threads, "
             f"this is torch {torch.__version__})"
         )

@@ -17,9 +17,6 @@ __all__ = ["ReplayLog", "StepLog", "describe_options", "digest_model"]
 
 _DIGEST_BYTES = 32
 
-# What options of an optimizer are, other than parameters.
-_PLAIN = (bool, int, float, str, tuple, Tensor, type(None))
-
 
 @dataclass(frozen=True, slots=True)
 class StepLog:
@@ -107,12 +104,19 @@ def describe_options(model: nn.Module, param_groups: Sequence[Mapping[str, Any]]
         {
             key: float(value) if isinstance(value, Tensor) else value
             for key, value in group.items()
-            if key != "params" and isinstance(value, _PLAIN)
+            if key != "params" and _is_plain(value)
         }
         for group in param_groups
     ]
     is_evaluating = [name for name, module in model.named_modules() if not module.training]
     return json.dumps({"groups": groups, "eval": is_evaluating})
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an option is a number, a text, or some of them."""
+    if isinstance(value, tuple):
+        return all(isinstance(each, (bool, int, float, str)) for each in value)
+    return isinstance(value, (bool, int, float, str, type(None))) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def digest_model(model: nn.Module) -> str:

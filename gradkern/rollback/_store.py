@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import uuid
@@ -34,6 +35,7 @@ FORMAT_VERSION = 1
 _CATALOG = "catalog.sqlite"
 _SEGMENT_FOLDER = "segments"
 _LOCK = "writer.lock"
+_OWN_NAMES = re.compile(r"(segments/\d{6,}|deltas|initial)\.(safetensors|partial)")
 _SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     """CREATE TABLE files (
@@ -217,10 +219,11 @@ class StoreWriter:
         )
 
     def remove_leftovers(self) -> None:
-        """Delete the files that the catalog does not name."""
-        named = {self._path / name for (name,) in self._catalog.execute("SELECT name FROM files")}
+        """Delete the files that a writer made and the catalog does not name; files of others stay."""
+        named = {name for (name,) in self._catalog.execute("SELECT name FROM files")}
         for file in [*self._path.iterdir(), *(self._path / _SEGMENT_FOLDER).iterdir()]:
-            if file.suffix in (".safetensors", ".partial") and file not in named:
+            name = file.relative_to(self._path).as_posix()
+            if _OWN_NAMES.fullmatch(name) and name not in named:
                 file.unlink()
 
     def commit_segment(self, tensors: Mapping[str, torch.Tensor], steps: int, visits: int) -> None:
@@ -434,10 +437,13 @@ def _require_same(
             f"record: {str(found.path)!r} is another ledger ({known}) than the one that the state_dict() is of "
             f"({ledger_id}); pass the path of that one"
         )
-    if found.layout != layout or any(found.facts.get(key) != settings[key] for key in ("rank", "replayable")):
+    # What a replay runs on is one of all its steps.
+    same = ("rank", "replayable", "threads", "torch") if settings["replayable"] == "1" else ("rank", "replayable")
+    if found.layout != layout or any(found.facts.get(key) != settings[key] for key in same):
         raise LedgerError(
             f"record: the ledger {str(found.path)!r} was recorded of another model or with another rank=, unowned=, "
-            f"shared_inputs= or replayable=; go on with the arguments of its first record()"
+            f"shared_inputs= or replayable=, or, to be replayed, with other threads or another torch; go on with what "
+            f"its first record() had"
         )
     for entry in found.files:
         found.require_size(entry)
@@ -462,9 +468,10 @@ def _take_lock(path: Path) -> sqlite3.Connection:
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
         lock.close()
+        if "locked" not in str(error):
+            raise
         raise LedgerError(
-            f"record: something records into {str(path)!r} already ({error}), in this process or another; close "
-            f"that recorder first"
+            f"something records into {str(path)!r} already, in this process or another; close that recorder first"
         ) from error
     return lock
 

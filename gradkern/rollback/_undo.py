@@ -155,7 +155,12 @@ def apply_change(model: nn.Module, changes: Mapping[str, Tensor], growth: float,
     start, first, end = seen
     distance = float(torch.linalg.vector_norm(end - start))
     foretold = (first - start) / _FIRST_PART
-    nonlinearity = float(torch.linalg.vector_norm(end - start - foretold)) / distance if distance else 0.0
+    if not distance > 0.0:
+        raise UndoRefusedError(
+            "undo: the outputs on probe do not move by the change, so they cannot tell whether to trust it; pass "
+            "inputs like those of the samples"
+        )
+    nonlinearity = float(torch.linalg.vector_norm(end - start - foretold)) / distance
     if not nonlinearity <= _MOST_NONLINEAR:
         raise UndoRefusedError(
             f"undo: of the change of the outputs on probe {nonlinearity:.0%} is not linear in that of the parameters, "

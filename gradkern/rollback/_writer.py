@@ -15,6 +15,9 @@ from gradkern.rollback._store import StoreWriter
 
 __all__ = ["Writer"]
 
+# How often the bytes of a segment are in memory while it is written: as steps, as tensors of all steps, as a file.
+_WRITING = 3
+
 
 class _Job(NamedTuple):
     """Steps that were handed to the thread; the first has the number ``first_step``."""
@@ -34,7 +37,7 @@ class Writer:
         steps_per_segment: Steps in a file, but the last before :meth:`flush`.
 
     Attributes:
-        most_bytes: The most that steps have taken so far, with the copy of a segment that is made to write it.
+        most_bytes: The most that steps have taken so far, with the copies of a segment that are made to write it.
     """
 
     def __init__(self, store: StoreWriter, layout: Layout, steps_per_segment: int) -> None:
@@ -42,24 +45,27 @@ class Writer:
         self._layout = layout
         self._steps_per_segment = steps_per_segment
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="gradkern-ledger")
-        self._end_step = store.steps
+        # The number of the first of those that wait.
+        self._first_step = store.steps
         self._waiting: list[StepRecord] = []
         self._waiting_bytes = 0
         self._job: _Job | None = None
         self.most_bytes = 0
 
     def put(self, step: StepRecord) -> None:
-        """Take a step, to be committed with those around it.
+        """Take a step, to be committed with those around it."""
+        self._waiting_bytes += step.nbytes()
+        written_bytes = 0 if self._job is None else _WRITING * self._job.nbytes
+        self.most_bytes = max(self.most_bytes, self._waiting_bytes + written_bytes)
+        self._waiting.append(step)
+
+    def write_full(self) -> None:
+        """Have a segment written if its steps are there.
 
         Raises:
-            OSError, sqlite3.Error: An earlier segment could not be written. Its steps and this one are kept and are
-                written with the next.
+            OSError, sqlite3.Error: The one before could not be written. Its steps and these are kept and are written
+                with the next.
         """
-        self._waiting.append(step)
-        self._waiting_bytes += step.nbytes()
-        self._end_step += 1
-        written_bytes = 0 if self._job is None or self._job.future.done() else 2 * self._job.nbytes
-        self.most_bytes = max(self.most_bytes, self._waiting_bytes + written_bytes)
         if len(self._waiting) >= self._steps_per_segment:
             self._hand_over()
 
@@ -67,7 +73,7 @@ class Writer:
         """Return once every step that was put is durable.
 
         Raises:
-            OSError, sqlite3.Error: As :meth:`put`.
+            OSError, sqlite3.Error: As :meth:`write_full`.
         """
         if self._waiting:
             self._hand_over()
@@ -79,28 +85,28 @@ class Writer:
 
     def _hand_over(self) -> None:
         self._finish_job()
-        first_step, steps, nbytes = self._end_step - len(self._waiting), self._waiting, self._waiting_bytes
-        self.most_bytes = max(self.most_bytes, 2 * nbytes)
-        self._job = _Job(first_step, steps, nbytes, self._executor.submit(self._commit, first_step, steps))
-        self._waiting, self._waiting_bytes = [], 0
+        first_step, steps, nbytes = self._first_step, self._waiting, self._waiting_bytes
+        self.most_bytes = max(self.most_bytes, _WRITING * nbytes)
+        job = _Job(first_step, steps, nbytes, self._executor.submit(self._commit, first_step, steps))
+        self._job, self._waiting, self._first_step, self._waiting_bytes = job, [], first_step + len(steps), 0
 
     def _finish_job(self) -> None:
         """Wait for the thread, and take back what it could not commit."""
         if self._job is None:
             return
-        error = self._job.future.exception()
-        left = self._job.steps[self._committed_since(self._job.first_step) :]
-        self._waiting_bytes += sum(step.nbytes() for step in left)
-        self._waiting, self._job = left + self._waiting, None
-        if error is not None:
-            raise error
+        job, error = self._job, self._job.future.exception()
+        if error is None:
+            self._job = None
+            return
+        # Whether it took effect the next attempt finds out: now the catalog may be out of reach. At one blow, or an
+        # interrupt would leave its steps in both places.
+        steps, nbytes = job.steps + self._waiting, job.nbytes + self._waiting_bytes
+        self._job, self._waiting, self._first_step, self._waiting_bytes = None, steps, job.first_step, nbytes
+        raise error
 
     def _commit(self, first_step: int, steps: list[StepRecord]) -> None:
-        # A commit may have taken effect before it was interrupted.
-        steps = steps[self._committed_since(first_step) :]
+        # An earlier attempt may have taken effect before it was interrupted.
+        steps = steps[max(0, self._store.committed_steps() - first_step) :]
         if steps:
             segment = Segment.build(self._layout, steps)
             self._store.commit_segment(segment.tensors(), segment.steps, len(segment.visit_ids))
-
-    def _committed_since(self, first_step: int) -> int:
-        return max(0, self._store.committed_steps() - first_step)

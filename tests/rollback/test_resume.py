@@ -15,6 +15,7 @@ from recorded_models import TokenModel, token_data, token_loss
 
 import gradkern as gk
 from gradkern.errors import LedgerError
+from gradkern.rollback._segment import StepRecord
 from gradkern.rollback._store import StoreReader
 from gradkern.testing import same_bits
 
@@ -206,6 +207,35 @@ def test_a_damaged_or_missing_ledger_is_not_gone_on_with(broken_off, tmp_path):
     (ledger / "segments" / "000000.safetensors").write_bytes(b"")
     with pytest.raises(LedgerError, match="has 0 bytes"):
         gk.rollback.record(*restored(state), ledger, resume=state["recorder"])
+
+
+def test_an_optimizer_that_was_not_loaded_is_refused(broken_off):
+    ledger, state = broken_off
+    model, optimizer = made()
+    model.load_state_dict(state["model"])
+    before = everything(ledger)
+    with pytest.raises(LedgerError, match="has made 0 steps, expected 4"):
+        gk.rollback.record(model, optimizer, ledger, resume=state["recorder"])
+    assert everything(ledger) == before
+
+
+def test_a_step_that_was_interrupted_is_not_forgotten(tmp_path, token_model, monkeypatch):
+    optimizer = gk.AdamW(token_model.parameters(), lr=1e-2)
+    recorder = gk.rollback.record(token_model, optimizer, tmp_path / "ledger")
+    step_once(token_model, optimizer, recorder, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(StepRecord, "nbytes", lambda self: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            step_once(token_model, optimizer, recorder, 1)
+    optimizer.zero_grad()
+    step_once(token_model, optimizer, recorder, 2)
+    with pytest.raises(LedgerError, match="lacks it for good; go back to a checkpoint"):
+        recorder.state_dict()
+    recorder.close()
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_momentum_without_its_ledger_is_refused(broken_off, tmp_path):
