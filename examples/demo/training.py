@@ -139,14 +139,14 @@ def rehearse_plan(loop: Loop, plan: gk.checkpoint.Plan, cost: RecordingCost) -> 
 
 
 def _recorded_peak(loop: Loop, plan: gk.checkpoint.Plan | None) -> int:
-    """Peak of the step of a copy that fills a whole segment of records."""
+    """Peak of the step of a copy that fills a second segment of records, the first of which has been written."""
     twin = _twin(loop)
     if plan is not None:
         plan.apply(twin.model)
     with TemporaryDirectory() as folder, start_recording(twin, Path(folder) / "ledger") as recorder:
-        for step in range(STEPS_PER_SEGMENT - 1):
+        for step in range(MEASURED_STEP):
             twin.step(step, recorder)
-        return _measure(twin, STEPS_PER_SEGMENT - 1, recorder).peak_bytes
+        return _measure(twin, MEASURED_STEP, recorder).peak_bytes
 
 
 def start_recording(loop: Loop, path: Path) -> gk.rollback.Recorder:

@@ -54,6 +54,8 @@ class Writer:
 
     def put(self, step: StepRecord) -> None:
         """Take a step, to be committed with those around it."""
+        if self._job is not None and self._job.future.done() and self._job.future.exception() is None:
+            self._job = None  # or its steps would stay in memory until the next segment is full
         self._waiting_bytes += step.nbytes()
         written_bytes = 0 if self._job is None else _WRITING * self._job.nbytes
         self.most_bytes = max(self.most_bytes, self._waiting_bytes + written_bytes)
