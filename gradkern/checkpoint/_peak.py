@@ -52,11 +52,10 @@ def measure_peak(
     """Call ``fn`` and measure the peak of tensor memory while it runs: of the CPU, or of the GPU ``model`` is on.
 
     With the allocator hook every CPU tensor made since the hook was installed counts, whoever holds it, a cycle
-    that ``gc.collect()`` has not found yet too;
-    tensors that are older (it is installed on first use) are found by walking ``model`` and ``optimizer``.
-    If ``fn`` frees such older tensors, the peak is an upper bound. Without the hook the same allocations
-    are read from ``torch.profiler`` and what was alive before is only what ``model`` and ``optimizer``
-    hold. On CUDA it is what ``torch.cuda.memory_allocated`` counts, and
+    that ``gc.collect()`` has not found yet too; tensors that are older (it is installed on first use) are found
+    by walking ``model`` and ``optimizer``. If ``fn`` frees such older tensors, the peak is an upper bound. Without
+    the hook the same allocations are read from ``torch.profiler`` and what was alive before is only what ``model``
+    and ``optimizer`` hold. On CUDA it is what ``torch.cuda.memory_allocated`` counts, and
     ``torch.cuda.max_memory_allocated`` starts anew.
 
     Args:

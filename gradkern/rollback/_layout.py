@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -90,6 +90,18 @@ class Layout:
             raise LedgerError(_difference(self.model, given))
         named = dict(model.named_parameters())
         return tuple(named[parameter.name] for parameter in self.parameters)
+
+    def digest(self, parameters: Sequence[torch.Tensor]) -> str:
+        """:func:`digest_parameters` of the trained parameters, given in order."""
+        names = [info.name for info in self.parameters]
+        return digest_parameters(dict(zip(names, parameters, strict=True)))
+
+    def streams_by_parameter(self, indices: Iterable[int]) -> dict[int, list[int]]:
+        """The streams of each of some parameters."""
+        return {
+            index: [stream for stream, source in enumerate(self.streams) if source.parameter == index]
+            for index in indices
+        }
 
 
 def describe_parameters(model: nn.Module) -> tuple[tuple[str, tuple[int, ...], str], ...]:

@@ -16,7 +16,6 @@ from gradkern.errors import LedgerError, UnstableInfluenceError
 from gradkern.loss import Batch, LossFn, compute_loss
 from gradkern.rollback._audit import RecordAudit
 from gradkern.rollback._conservation import Balance, balance
-from gradkern.rollback._layout import digest_parameters
 from gradkern.rollback._replay import Replay, Replayer
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import Segment
@@ -90,7 +89,7 @@ class Ledger:
     @property
     def steps(self) -> int:
         """Number of committed optimizer steps."""
-        return sum(entry.end_step - entry.first_step for entry in self._store.segments)
+        return self._store.steps
 
     @property
     def visits(self) -> int:
@@ -268,7 +267,8 @@ class Ledger:
         if method not in ("exact", "fast"):
             raise ValueError(f"undo: method must be 'exact' or 'fast', got {method!r}{_WHY_NOT.get(method, '')}")
         forgotten = torch.unique(sample_ids(ids, "undo"))
-        self._require_recorded_values(self._layout.trained_parameters(model))
+        parameters = self._layout.trained_parameters(model)
+        self._require_recorded_values(parameters)
         missing = forgotten[~torch.isin(forgotten, self._recorded_ids())]
         if len(missing):
             raise LedgerError(
@@ -286,7 +286,7 @@ class Ledger:
             raise ValueError("undo: method='fast' needs probe=, inputs on which to compare the outputs")
         if not 0.0 < share <= 1.0:
             raise ValueError(f"undo: share must be above 0 and at most 1, got {share}")
-        owned = self._owned(self._layout.trained_parameters(model))
+        owned = self._owned(parameters)
         segments = (self._segment(entry) for entry in self._store.segments)
         changes, growth = propagate(self._layout, owned, segments, forgotten)
         named = {self._layout.parameters[index].name: change for index, change in changes.items()}
@@ -411,8 +411,7 @@ class Ledger:
                 stacklevel=4,
             )
             return
-        named = {info.name: tensor for info, tensor in zip(self._layout.parameters, parameters, strict=True)}
-        if digest_parameters(named) != closing.parameter_digest:
+        if self._layout.digest(parameters) != closing.parameter_digest:
             raise LedgerError(
                 "the model's parameters differ from those at the end of the recording, and influence on them "
                 "was never recorded; load the parameters of the recorded run's last step into the model"

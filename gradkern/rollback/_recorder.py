@@ -19,7 +19,6 @@ from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
 from gradkern.rollback._conservation import Shadows
 from gradkern.rollback._intake import Intake, Visits
-from gradkern.rollback._layout import digest_parameters
 from gradkern.rollback._ownership import claim
 from gradkern.rollback._records import Record
 from gradkern.rollback._replay_log import StepLog, describe_options, digest_model
@@ -181,9 +180,7 @@ class Recorder:
             raise ValueError(
                 "record: replayable=True needs a model on the CPU; the random numbers of others are not kept"
             )
-        self._replayed = (model, optimizer.param_groups) if replayable else None
-        if replayable:
-            describe_options(model, optimizer.param_groups)  # or the first step would fail
+        self._replayed = model if replayable else None
         self._layout = ownership.layout
         self._parameters = ownership.parameters
         self._indices = {id(parameter): index for index, parameter in enumerate(self._parameters)}
@@ -305,7 +302,7 @@ class Recorder:
             "ledger_id": self._store.ledger_id,
             "optimizer_steps": self._optimizer_steps(),
             "steps": self._steps,
-            "parameter_digest": digest_parameters(self._named()),
+            "parameter_digest": self._layout.digest(self._parameters),
             "scale": self._intake.scale,
             "sums": self._shadows.state_dict(),
         }
@@ -323,9 +320,8 @@ class Recorder:
         if not self._stopped:
             infos = self._layout.parameters
             deltas = {infos[index].name: delta.cpu() for index, delta in self._shadows.deltas.items()}
-            closing = Closing(
-                tuple(self._shadows.decays), tuple(self._shadows.roundings), digest_parameters(self._named())
-            )
+            digest = self._layout.digest(self._parameters)
+            closing = Closing(tuple(self._shadows.decays), tuple(self._shadows.roundings), digest)
             self._write(lambda: self._store.commit_closing(deltas, closing))
         self._writer.close()
         self._store.close()
@@ -385,9 +381,9 @@ class Recorder:
     def _log(self, visits: Visits) -> StepLog | None:
         if self._replayed is None:
             return None
-        model, groups = self._replayed
-        digest = digest_model(model) if (self._steps + 1) % _COMPARE_EVERY == 0 else None
-        return StepLog([len(ids) for ids in visits.ids], visits.states, describe_options(model, groups), digest)
+        digest = digest_model(self._replayed) if (self._steps + 1) % _COMPARE_EVERY == 0 else None
+        options = describe_options(self._replayed, self._optimizer.param_groups)
+        return StepLog([len(ids) for ids in visits.ids], visits.states, options, digest)
 
     def _write(self, write: Callable[[], None]) -> None:
         """Write, or where that is impossible do what was asked for."""
@@ -471,14 +467,13 @@ class Recorder:
             return StoreWriter.resume(path, self._layout, settings, resume["ledger_id"], self._steps)
         initial = {name: parameter.detach().cpu() for name, parameter in self._named().items()}
         if self._replayed is not None:
-            model, _ = self._replayed
             # Copies, for a file cannot hold buffers that share memory.
-            initial |= {f"buffer/{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
+            initial |= {f"buffer/{name}": buffer.detach().clone() for name, buffer in self._replayed.named_buffers()}
         return StoreWriter.create(path, self._layout, initial, settings)
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
-        if digest_parameters(self._named()) != state["parameter_digest"]:
+        if self._layout.digest(self._parameters) != state["parameter_digest"]:
             raise LedgerError(
                 "record: the parameters differ from those of the checkpoint that resume= belongs to; load that "
                 "checkpoint into the model and the optimizer first"

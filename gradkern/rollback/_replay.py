@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradkern.errors import LedgerError
 from gradkern.loss import Batch, LossFn, compute_loss
-from gradkern.rollback._layout import digest_parameters
 from gradkern.rollback._replay_log import StepLog, digest_model
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._store import StoreReader
@@ -44,11 +43,11 @@ class Replayer:
 
     Args:
         store: The ledger.
-        model: The recorded model, of which only what the training did not change is used.
+        model: A model that the ledger's layout fits, of which only what the training did not change is used.
         replay: The rest of what it takes.
 
     Raises:
-        LedgerError: The ledger was recorded without ``replayable=True``, or ``model`` is another model.
+        LedgerError: The ledger was recorded without ``replayable=True``.
     """
 
     def __init__(self, store: StoreReader, model: nn.Module, replay: Replay) -> None:
@@ -57,11 +56,9 @@ class Replayer:
                 "the training cannot be run again: the ledger was recorded without replayable=True, and lacks its "
                 "random numbers and options; record with it, or use what needs no replay: method='fast'"
             )
-        store.layout.trained_parameters(model)
         self._store = store
         self._model = model
         self._replay = replay
-        self._total = max((entry.end_step for entry in store.segments), default=0)
 
     def check(self, progress: Callable[[int, int], None]) -> None:
         """Run the training as it was, all samples included, and compare it with what the ledger knows came out.
@@ -74,8 +71,8 @@ class Replayer:
         """
         if not self._run(torch.empty(0, dtype=torch.int64), progress)[1]:
             raise LedgerError(
-                f"the training cannot be run again: the ledger ends after {self._total} steps without close(), before "
-                f"the first of its digests, so that nothing would tell a wrong replay; use method='fast'"
+                f"the training cannot be run again: the ledger ends after {self._store.steps} steps without close(), "
+                f"before the first of its digests, so that nothing would tell a wrong replay; use method='fast'"
             )
 
     def train(self, forgotten: Tensor, progress: Callable[[int, int], None]) -> nn.Module:
@@ -123,14 +120,13 @@ class Replayer:
                     compared += 1
                     if digest_model(model) != log.digest:
                         raise self._went_apart(step + 1)
-                progress(step + 1, self._total)
+                progress(step + 1, self._store.steps)
         closing = self._store.closing
         if is_whole and closing is not None:
             compared += 1
-            trained = self._store.layout.trained_parameters(model)
-            names = [info.name for info in self._store.layout.parameters]
-            if digest_parameters(dict(zip(names, trained, strict=True))) != closing.parameter_digest:
-                raise self._went_apart(self._total)
+            layout = self._store.layout
+            if layout.digest(layout.trained_parameters(model)) != closing.parameter_digest:
+                raise self._went_apart(self._store.steps)
         return model, compared
 
     def _logged(self) -> Iterator[tuple[int, StepLog, list[Tensor]]]:
@@ -150,7 +146,7 @@ class Replayer:
             f"running the training again gave other parameters after {steps} steps than were recorded: fetch, "
             f"loss_fn, accumulate or make_optimizer are not those of the run or changed in it, micro-batches were "
             f"discarded or gradients zeroed rather than set to None, forward ran outside recorder.batch, random "
-            f" numbers come from elsewhere than torch's generator, parameters that are not trained have changed, "
+            f"numbers come from elsewhere than torch's generator, parameters that are not trained have changed, "
             f"or this machine computes otherwise (recorded with torch {facts['torch']} and {facts['threads']} threads, "
             f"this is torch {torch.__version__})"
         )
@@ -168,12 +164,11 @@ def _as_recorded(threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _set_options(model: nn.Module, optimizer: torch.optim.Optimizer, options: str) -> None:
-    found = json.loads(options)
-    is_evaluating = set(found["eval"])
+def _set_options(model: nn.Module, optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> None:
+    is_evaluating = set(options["eval"])
     for name, module in model.named_modules():
         module.training = name not in is_evaluating
-    for group, values in zip(optimizer.param_groups, found["groups"], strict=True):
+    for group, values in zip(optimizer.param_groups, options["groups"], strict=True):
         for key, value in values.items():
             if isinstance(group.get(key), Tensor):
                 group[key].fill_(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradkern.rollback._json_tensor import from_tensor, to_tensor
 from gradkern.rollback._layout import digest_parameters
 
 __all__ = ["ReplayLog", "StepLog", "describe_options", "digest_model"]
@@ -31,7 +31,7 @@ class StepLog:
 
     sizes: Sequence[int]
     states: Sequence[Tensor]
-    options: str
+    options: Mapping[str, Any]
     digest: str | None
 
     def nbytes(self) -> int:
@@ -74,7 +74,7 @@ class ReplayLog:
             states=torch.stack([by_row[row] for row in range(len(rows))])
             if rows
             else torch.empty(0, 0, dtype=torch.uint8),
-            options=_as_bytes(json.dumps([json.loads(step.options) for step in steps])),
+            options=to_tensor([step.options for step in steps]),
             digests=torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
         )
 
@@ -85,21 +85,21 @@ class ReplayLog:
 
     def steps(self) -> list[StepLog]:
         """The logs of the steps."""
-        options, sizes = json.loads(self.options.numpy().tobytes()), self.batch_bounds.diff().tolist()
+        options, sizes = from_tensor(self.options), self.batch_bounds.diff().tolist()
         bounds = self.step_bounds.tolist()
         return [
             StepLog(
                 sizes[first:end],
                 [self.states[row] for row in self.state_index[first:end].tolist()],
-                json.dumps(options[at]),
+                options[at],
                 self.digests[at].numpy().tobytes().hex() if bool(self.digests[at].any()) else None,
             )
             for at, (first, end) in enumerate(pairwise(bounds))
         ]
 
 
-def describe_options(model: nn.Module, param_groups: Sequence[Mapping[str, Any]]) -> str:
-    """What can change from step to step, as JSON: numbers of the optimizer's groups, modules that are in eval mode."""
+def describe_options(model: nn.Module, param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What can change from step to step, fit for JSON: plain options of the groups, modules that are in eval mode."""
     groups = [
         {
             key: float(value) if isinstance(value, Tensor) else value
@@ -109,7 +109,7 @@ def describe_options(model: nn.Module, param_groups: Sequence[Mapping[str, Any]]
         for group in param_groups
     ]
     is_evaluating = [name for name, module in model.named_modules() if not module.training]
-    return json.dumps({"groups": groups, "eval": is_evaluating})
+    return {"groups": groups, "eval": is_evaluating}
 
 
 def _is_plain(value: object) -> bool:
@@ -126,7 +126,3 @@ def digest_model(model: nn.Module) -> str:
 
 def _bounds(sizes: Sequence[int]) -> Tensor:
     return torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
-
-
-def _as_bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)

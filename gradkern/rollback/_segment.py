@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -96,17 +96,13 @@ class Segment:
     def build(cls, layout: Layout, steps: Sequence[StepRecord]) -> Segment:
         """Join the records of consecutive steps; all tensors end in host memory."""
         bounds = torch.tensor([0] + [len(step.ids) for step in steps]).cumsum(0)
-        records: defaultdict[int, list[Record]] = defaultdict(list)
-        for step, first_visit in zip(steps, bounds.tolist(), strict=False):
-            for stream, record in step.records:
-                records[stream].append(replace(record, visit=record.visit + first_visit))
         return cls(
             visit_ids=torch.cat([step.ids for step in steps]),
             curvature=torch.cat([step.curvature for step in steps]),
             visit_bounds=bounds,
             scalars=_join_scalars(steps, len(layout.parameters)),
             preconditioners=_join_preconditioners(steps),
-            records=_join_records(layout, records),
+            records=_join_records(layout, bounds.tolist(), [step.records for step in steps]),
             fidelity=torch.tensor(
                 [
                     (stream, comparison.exact_sq, comparison.inner, comparison.record_sq)
@@ -122,19 +118,14 @@ class Segment:
     def join(cls, layout: Layout, parts: Sequence[Segment]) -> Segment:
         """Put consecutive segments into one."""
         first_visits = torch.tensor([0] + [len(part.visit_ids) for part in parts]).cumsum(0).tolist()
-        bounds = [parts[0].visit_bounds[:1]]
-        records: defaultdict[int, list[Record]] = defaultdict(list)
-        for part, first_visit in zip(parts, first_visits, strict=False):
-            bounds.append(part.visit_bounds[1:] + first_visit)
-            for stream, record in part.records.items():
-                records[stream].append(replace(record, visit=record.visit + first_visit))
+        ends = [part.visit_bounds[1:] + first for part, first in zip(parts, first_visits, strict=False)]
         return cls(
             visit_ids=torch.cat([part.visit_ids for part in parts]),
             curvature=torch.cat([part.curvature for part in parts]),
-            visit_bounds=torch.cat(bounds),
+            visit_bounds=torch.cat([parts[0].visit_bounds[:1], *ends]),
             scalars=torch.cat([part.scalars for part in parts]),
             preconditioners=_stack_preconditioners(parts),
-            records=_join_records(layout, records),
+            records=_join_records(layout, first_visits, [part.records.items() for part in parts]),
             fidelity=torch.cat([part.fidelity for part in parts]),
             log=_all_or_none(ReplayLog.join, [part.log for part in parts]),
         )
@@ -222,8 +213,15 @@ def _unknown(visit_ids: torch.Tensor) -> torch.Tensor:
 _PRECONDITIONER_FIELDS: Mapping[int, tuple[str, ...]] = {1: ("values",), 2: ("rows", "columns")}
 
 
-def _join_records(layout: Layout, parts: Mapping[int, list[Record]]) -> dict[int, Record]:
-    return {stream: RECORD_TYPES[layout.streams[stream].kind].join(each) for stream, each in parts.items()}
+def _join_records(
+    layout: Layout, first_visits: Sequence[int], parts: Sequence[Iterable[tuple[int, Record]]]
+) -> dict[int, Record]:
+    """By stream, of parts that each number their visits from 0."""
+    records: defaultdict[int, list[Record]] = defaultdict(list)
+    for first_visit, part in zip(first_visits, parts, strict=False):
+        for stream, record in part:
+            records[stream].append(replace(record, visit=record.visit + first_visit))
+    return {stream: RECORD_TYPES[layout.streams[stream].kind].join(each) for stream, each in records.items()}
 
 
 def _join_scalars(steps: Sequence[StepRecord], parameters: int) -> torch.Tensor:

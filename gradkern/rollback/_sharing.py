@@ -7,13 +7,14 @@ left factor of its weight's.
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from gradkern.errors import LedgerError
+from gradkern.rollback._json_tensor import from_tensor, to_tensor
 
 __all__ = ["share_equal", "unshare"]
 
@@ -29,8 +30,9 @@ def share_equal(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     shared: dict[str, tuple[str, list[int]]] = {}
     first: dict[tuple[torch.dtype, bytes], str] = {}
+    alike = Counter((tensor.dtype, tensor.nbytes) for tensor in named.values())
     for name, tensor in sorted(named.items()):
-        if tensor.nbytes >= _LEAST_BYTES:
+        if tensor.nbytes >= _LEAST_BYTES and alike[tensor.dtype, tensor.nbytes] > 1:
             flat = tensor.contiguous().reshape(-1).view(torch.uint8)
             earlier = first.setdefault((tensor.dtype, hashlib.sha256(flat.numpy().data).digest()), name)
             if earlier != name:
@@ -38,7 +40,7 @@ def share_equal(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 continue
         kept[name] = tensor
     if shared:
-        kept[_SHARED] = torch.frombuffer(bytearray(json.dumps(shared).encode()), dtype=torch.uint8)
+        kept[_SHARED] = to_tensor(shared)
     return kept
 
 
@@ -51,7 +53,7 @@ def unshare(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {name: tensor for name, tensor in named.items() if name != _SHARED}
     if _SHARED in named:
         try:
-            shared = json.loads(named[_SHARED].numpy().tobytes())
+            shared = from_tensor(named[_SHARED])
             found |= {name: named[earlier].reshape(shape) for name, (earlier, shape) in shared.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise LedgerError(

@@ -176,7 +176,7 @@ class StoreWriter:
         except BaseException:
             lock.close()
             raise
-        store.steps = max(entry.end_step for entry in found.files)
+        store.steps = found.steps
         store._attempts = 1 + max((int(Path(entry.name).stem) for entry in found.segments), default=-1)
         return store, found
 
@@ -367,6 +367,11 @@ class StoreReader:
         return [entry for entry in self.files if entry.role == "segment"]
 
     @property
+    def steps(self) -> int:
+        """Number of committed steps."""
+        return max((entry.end_step for entry in self.segments), default=0)
+
+    @property
     def closing(self) -> Closing | None:
         """What :meth:`StoreWriter.commit_closing` wrote; None when recording did not end properly."""
         if "parameter_digest" not in self.facts:
@@ -450,7 +455,7 @@ def _require_same(
     ends = [0, *(entry.end_step for entry in found.segments)]
     if steps not in ends:
         raise LedgerError(
-            f"record: the ledger {str(found.path)!r} cannot go on after step {steps}: it holds {ends[-1]} steps, in "
+            f"record: the ledger {str(found.path)!r} cannot go on after step {steps}: it holds {found.steps} steps, in "
             f"files that end after {', '.join(map(str, ends[-5:]))}; restore it from a copy, or record anew"
         )
 

@@ -15,7 +15,7 @@ all there is; the weights are those of :mod:`gradkern.rollback._curvature`. ``P`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from gradkern.rollback._records import Record
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._smoothing import unsmooth
 
-__all__ = ["NoCurvatureError", "Swept", "require_curvature", "sweep"]
+__all__ = ["NoCurvatureError", "Swept", "norms", "require_curvature", "sweep"]
 
 
 class NoCurvatureError(LedgerError):
@@ -80,6 +80,11 @@ def sweep(layout: Layout, gradients: Mapping[int, Tensor], segments: Iterator[Se
     return Swept(ids, scores, torch.where(start == 0.0, 0.0, adjoint.norms() / start))
 
 
+def norms(parts: Iterable[Tensor]) -> Tensor:
+    """Euclidean norms of rows that lie spread over several tensors, fp64, shape ``(rows,)``."""
+    return torch.stack([each.double().flatten(1).square().sum(1) for each in parts]).sum(0).sqrt()
+
+
 def require_curvature(segment: Segment) -> None:
     """Raise ``NoCurvatureError`` where a visit of a segment has no curvature weight."""
     if bool(segment.curvature.isnan().any()):
@@ -95,9 +100,7 @@ class _Adjoint:
 
     def __init__(self, layout: Layout, gradients: Mapping[int, Tensor], curvature: float) -> None:
         self._shapes: Sequence[tuple[int, ...]] = [info.shape for info in layout.parameters]
-        self._streams: dict[int, list[int]] = {index: [] for index in gradients}
-        for stream, source in enumerate(layout.streams):
-            self._streams[source.parameter].append(stream)
+        self._streams = layout.streams_by_parameter(gradients)
         self._functions = len(next(iter(gradients.values())))
         self._of_parameters = {index: gradient.clone() for index, gradient in gradients.items()}
         self._of_momenta = {index: torch.zeros_like(gradient) for index, gradient in gradients.items()}
@@ -105,8 +108,7 @@ class _Adjoint:
 
     def norms(self) -> Tensor:
         """``‖λ‖`` over all parameters, fp64, shape ``(functions,)``."""
-        squares = [each.double().flatten(1).square().sum(1) for each in self._of_parameters.values()]
-        return torch.stack(squares).sum(0).sqrt()
+        return norms(self._of_parameters.values())
 
     def through(self, segment: Segment) -> Tensor:
         """Go back through a segment and score its visits: fp64, shape ``(functions, visits)``."""

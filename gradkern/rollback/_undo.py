@@ -26,7 +26,7 @@ from gradkern.rollback._layout import Layout
 from gradkern.rollback._records import Record
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._smoothing import unsmooth
-from gradkern.rollback._sweep import require_curvature
+from gradkern.rollback._sweep import norms, require_curvature
 
 __all__ = ["Undone", "apply_change", "propagate"]
 
@@ -86,9 +86,7 @@ class _Change:
     """``δ`` and ``m`` of every parameter: with ``H`` in row 0, without it in row 1."""
 
     def __init__(self, layout: Layout, owned: Mapping[int, nn.Parameter]) -> None:
-        self._streams: dict[int, list[int]] = {index: [] for index in owned}
-        for stream, source in enumerate(layout.streams):
-            self._streams[source.parameter].append(stream)
+        self._streams = layout.streams_by_parameter(owned)
         self._parameters = {index: torch.zeros(2, *parameter.shape) for index, parameter in owned.items()}
         self._momenta = {index: torch.zeros_like(each) for index, each in self._parameters.items()}
 
@@ -121,8 +119,7 @@ class _Change:
 
     def result(self) -> tuple[dict[int, Tensor], float]:
         """The change, and its norm over that without ``H``."""
-        squares = torch.stack([each.double().flatten(1).square().sum(1) for each in self._parameters.values()]).sum(0)
-        with_reaction, without = squares.sqrt().tolist()
+        with_reaction, without = norms(self._parameters.values()).tolist()
         return {index: each[0] for index, each in self._parameters.items()}, with_reaction / without if without else 0.0
 
 

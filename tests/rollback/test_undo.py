@@ -199,8 +199,13 @@ def test_what_changed_late_in_the_training_is_noticed(tmp_path):
         recorder.discard()
         optimizer.zero_grad()
 
-    trained, ledger = recorded_run("as it should be", lambda *_: None)
-    ledger.undo(trained, [101], replay=REPLAY)
+    def reload(model, optimizer, recorder):
+        optimizer.load_state_dict(optimizer.state_dict())  # which gives it other groups
+        optimizer.param_groups[0]["lr"] = 1e-3
+
+    for name, follow in {"as it should be": lambda *_: None, "reload": reload}.items():
+        trained, ledger = recorded_run(name, follow)
+        ledger.undo(trained, [101], replay=REPLAY)
     for name, disturb in {"clip": clip_harder, "discard": discard}.items():
         trained, ledger = recorded_run(name, disturb)
         with pytest.raises(LedgerError, match="after 16 steps than were recorded"):
