@@ -83,17 +83,27 @@ class Branches(nn.Module):
 
 
 def test_steps_that_left_a_parameter_alone(tmp_path):
-    torch.manual_seed(0)
-    model, path = Branches(), tmp_path / "ledger"
-    optimizer = gk.AdamW(model.parameters(), lr=1e-2)
-    with gk.rollback.record(model, optimizer, path, steps_per_segment=2) as recorder:
-        for step in range(6):
-            with recorder.batch(range(4)):
-                model(torch.randn(4, 3), step >= 2).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    assert gk.rollback.compact(path) == 1
-    assert gk.rollback.open(path).verify(model).passed
+    """Short files joined are the one long file that could have been written."""
+
+    def record(path, steps_per_segment):
+        torch.manual_seed(0)
+        model = Branches()
+        optimizer = gk.AdamW(model.parameters(), lr=1e-2)
+        with gk.rollback.record(model, optimizer, path, steps_per_segment=steps_per_segment) as recorder:
+            for step in range(6):
+                with recorder.batch(range(4)):
+                    model(torch.randn(4, 3), step >= 2).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return model
+
+    model = record(tmp_path / "short", 2)
+    record(tmp_path / "long", 6)
+    assert gk.rollback.compact(tmp_path / "short") == 1
+    assert gk.rollback.open(tmp_path / "short").verify(model).passed
+    long = StoreReader(tmp_path / "long")
+    (entry,) = long.segments
+    assert_equal(whole(tmp_path / "short"), unshare(long.load(entry)))
 
 
 def test_a_ledger_can_be_resumed_where_a_file_ends(tmp_path):

@@ -16,7 +16,9 @@ from gradkern.rollback._store import StoreReader
 DTYPES = (torch.int8, torch.int32, torch.float32, torch.bfloat16, torch.uint8)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(DTYPES), st.sampled_from([(64,), (4, 16), (2, 2), (0,)]))))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from(DTYPES), st.sampled_from([(128,), (8, 16), (2, 2), (0,)])))
+)
 def test_all_is_read_back(choices):
     named = {
         f"tensor/{at}": (torch.arange(torch.Size(shape).numel()) * (seed + 1) % 100).to(dtype).reshape(shape)
@@ -40,6 +42,14 @@ def test_signed_zeros_and_nans_are_told_apart():
     assert kept.keys() == {"a", "b", "c", "shared"}
     assert torch.signbit(unshare(kept)["b"]).all()
     assert unshare(kept)["d"].isnan().all()
+
+
+def test_dtypes_are_told_apart():
+    signed, unsigned = torch.zeros(128, dtype=torch.int8), torch.zeros(128, dtype=torch.uint8)
+    named = {"a": signed, "b": signed.clone(), "c": unsigned, "d": unsigned.clone()}
+    kept = share_equal(named)
+    assert kept.keys() == {"a", "c", "shared"}
+    assert [tensor.dtype for _, tensor in sorted(unshare(kept).items())] == [torch.int8] * 2 + [torch.uint8] * 2
 
 
 def test_tensors_that_are_not_contiguous():
