@@ -91,6 +91,11 @@ class Layout:
         named = dict(model.named_parameters())
         return tuple(named[parameter.name] for parameter in self.parameters)
 
+    def owned(self, parameters: Sequence[nn.Parameter]) -> dict[int, nn.Parameter]:
+        """Those of the trained parameters that are recorded, by index."""
+        pairs = zip(self.parameters, parameters, strict=True)
+        return {index: each for index, (info, each) in enumerate(pairs) if info.owned}
+
     def digest(self, parameters: Sequence[torch.Tensor]) -> str:
         """:func:`digest_parameters` of the trained parameters, given in order."""
         names = [info.name for info in self.parameters]

@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from gradkern.errors import LedgerError, UnstableInfluenceError
-from gradkern.loss import Batch, LossFn, compute_loss
+from gradkern.errors import LedgerError
+from gradkern.loss import Batch, LossFn
 from gradkern.rollback._audit import RecordAudit
 from gradkern.rollback._conservation import Balance, balance
+from gradkern.rollback._estimators import Scores, require_estimator, score
+from gradkern.rollback._reading import read_segments, recorded_ids
 from gradkern.rollback._replay import Replay, Replayer
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import Segment
-from gradkern.rollback._store import FileEntry, StoreReader
-from gradkern.rollback._sweep import NoCurvatureError, sweep
+from gradkern.rollback._store import StoreReader
 from gradkern.rollback._undo import Undone, apply_change, propagate
 from gradkern.rollback._verify import Check, VerifyReport, compression
 
 __all__ = ["Influence", "Ledger", "Scores", "open_ledger"]
-
-# By estimator and mode, the share of the curvature that later steps are taken to have reacted with.
-_CURVATURE = {("direct", "run"): 0.0, ("ref", "run"): 1.0, ("ref", "expected"): 0.5}
 
 # Methods of undoing that people ask for and that do harm.
 _WHY_NOT = {
     "subtract": ". Taking off what the samples added, without how later steps reacted to it, was measured to be "
     "hundreds of times worse than leaving the model alone"
 }
-
-# Of influence on its way back to the first step. It fades in a sound run, to a tenth in a few hundred steps, and stays
-# where it is in a run of a few; where the estimator fails it grows twentyfold and more.
-_MOST_GROWTH = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +44,6 @@ class Influence:
 
     id: int
     score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """The influence of every recorded sample on a query, or on each of several.
-
-    Attributes:
-        ids: Different sample ids, ascending, int64, shape ``(samples,)``.
-        scores: As :attr:`Influence.score`, fp64, shape ``(samples,)``; ``(queries, samples)`` for a list of queries.
-    """
-
-    ids: torch.Tensor
-    scores: torch.Tensor
 
 
 def open_ledger(path: str | os.PathLike[str]) -> Ledger:
@@ -205,27 +185,9 @@ class Ledger:
         self, model: nn.Module, queries: list[Batch], loss_fn: LossFn | None, estimator: str | None, mode: str
     ) -> Scores:
         """One call below :meth:`explain` and :meth:`scores` alike, so that warnings point at the user's line."""
-        asked_for = "ref" if estimator is None else estimator
-        if (asked_for, mode) not in _CURVATURE:
-            known = ", ".join(f"estimator={each!r} with mode={other!r}" for each, other in _CURVATURE)
-            raise ValueError(f"there are {known}; got estimator={asked_for!r} with mode={mode!r}")
-        parameters = self._layout.trained_parameters(model)
-        self._require_recorded_values(parameters)
-        owned = self._owned(parameters)
-        each = [_query_gradients(model, owned, query, loss_fn) for query in queries]
-        gradients = {index: torch.stack([gradient.pop(index) for gradient in each]) for index in owned}
-        curvature = _CURVATURE[asked_for, mode]
-        try:
-            found = sweep(self._layout, gradients, self._segments_from_last(), curvature)
-        except NoCurvatureError as error:
-            if estimator is not None or mode != "run":
-                raise
-            warnings.warn(f"{error}, whose scores these are", stacklevel=3)
-            curvature = _CURVATURE["direct", mode]
-            found = sweep(self._layout, gradients, self._segments_from_last(), curvature)
-        if curvature:
-            _require_fading(found.growth)
-        return Scores(found.ids, found.scores)
+        require_estimator("ref" if estimator is None else estimator, mode)
+        self._require_recorded_values(self._layout.trained_parameters(model))
+        return score(self._store, model, queries, loss_fn, estimator, mode)
 
     def undo(
         self,
@@ -269,7 +231,7 @@ class Ledger:
         forgotten = torch.unique(sample_ids(ids, "undo"))
         parameters = self._layout.trained_parameters(model)
         self._require_recorded_values(parameters)
-        missing = forgotten[~torch.isin(forgotten, self._recorded_ids())]
+        missing = forgotten[~torch.isin(forgotten, recorded_ids(self._store))]
         if len(missing):
             raise LedgerError(
                 f"undo: {len(missing)} of {len(forgotten)} ids were never recorded, the first of them "
@@ -286,9 +248,8 @@ class Ledger:
             raise ValueError("undo: method='fast' needs probe=, inputs on which to compare the outputs")
         if not 0.0 < share <= 1.0:
             raise ValueError(f"undo: share must be above 0 and at most 1, got {share}")
-        owned = self._owned(parameters)
-        segments = (self._segment(entry) for entry in self._store.segments)
-        changes, growth = propagate(self._layout, owned, segments, forgotten)
+        owned = self._layout.owned(parameters)
+        changes, growth = propagate(self._layout, owned, read_segments(self._store), forgotten)
         named = {self._layout.parameters[index].name: change for index, change in changes.items()}
         return apply_change(model, named, growth, probe, share)
 
@@ -417,63 +378,6 @@ class Ledger:
                 "was never recorded; load the parameters of the recorded run's last step into the model"
             )
 
-    def _owned(self, parameters: tuple[nn.Parameter, ...]) -> dict[int, nn.Parameter]:
-        infos = self._layout.parameters
-        return {at: each for at, (info, each) in enumerate(zip(infos, parameters, strict=True)) if info.owned}
-
-    def _recorded_ids(self) -> torch.Tensor:
-        ids = [self._segment(entry).visit_ids for entry in self._store.segments]
-        return torch.unique(torch.cat(ids)) if ids else torch.empty(0, dtype=torch.int64)
-
-    def _segments_from_last(self) -> Iterator[Segment]:
-        return (self._segment(entry) for entry in reversed(self._store.segments))
-
-    def _segment(self, entry: FileEntry) -> Segment:
-        return Segment.from_tensors(self._layout, self._store.load(entry))
-
 
 def _untold(step: int, total: int) -> None:
     """Nobody asked for progress."""
-
-
-def _query_gradients(
-    model: nn.Module, owned: dict[int, nn.Parameter], query: Batch, loss_fn: LossFn | None
-) -> dict[int, torch.Tensor]:
-    """Gradient of the query's loss by parameter, in host memory; zero where it does not depend on one."""
-    with _eval_mode(model), torch.enable_grad():
-        loss = compute_loss(model, query, loss_fn)
-        gradients = torch.autograd.grad(loss, list(owned.values()), allow_unused=True) if loss.requires_grad else ()
-    if not any(gradient is not None for gradient in gradients):
-        raise ValueError(
-            "the query's loss depends on no recorded parameter, so no sample can have influenced it; pass a loss that "
-            "is computed from the model's output, with gradients enabled"
-        )
-    return {
-        index: torch.zeros(parameter.shape) if gradient is None else gradient.detach().cpu().contiguous()
-        for (index, parameter), gradient in zip(owned.items(), gradients, strict=True)
-    }
-
-
-def _require_fading(growth: torch.Tensor) -> None:
-    """Raise where influence got larger on its way back."""
-    failed = ~(growth <= _MOST_GROWTH)
-    if bool(failed.any()):
-        raise UnstableInfluenceError(
-            f"influence grew {float(growth[failed].nan_to_num(torch.inf).max()):.3g}-fold on its way from the last "
-            f"step to the first ({int(failed.sum())} of {len(growth)} queries; it should fade), so that scores of "
-            "estimator='ref' would be noise: steps were too large for the curvature of the loss. Use "
-            "estimator='direct', or record a run with a smaller learning rate",
-            growth=tuple(growth.tolist()),
-        )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module, and each module's own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

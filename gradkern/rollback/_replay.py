@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gradkern.errors import LedgerError
 from gradkern.loss import Batch, LossFn, compute_loss
+from gradkern.rollback._reading import read_segment
 from gradkern.rollback._replay_log import StepLog, digest_model
-from gradkern.rollback._segment import Segment
 from gradkern.rollback._store import StoreReader
 
 __all__ = ["Replay", "Replayer"]
@@ -132,7 +132,7 @@ class Replayer:
     def _logged(self) -> Iterator[tuple[int, StepLog, list[Tensor]]]:
         """Of every step its number, its log and the ids of its micro-batches."""
         for entry in self._store.segments:
-            segment = Segment.from_tensors(self._store.layout, self._store.load(entry))
+            segment = read_segment(self._store, entry)
             if segment.log is None:
                 raise LedgerError(f"{entry.name} of the ledger lacks what a replay needs; restore it from a copy")
             bounds = segment.visit_bounds.tolist()

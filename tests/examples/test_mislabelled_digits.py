@@ -19,7 +19,7 @@ from demo.digits import NoisyDigits
 from demo.noisy_labels import CHOSEN, WAYS
 from mislabelled_digits import Quality, main, print_table, run_once
 
-from gradkern.rollback import _ledger
+from gradkern.rollback import _estimators
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 6
@@ -131,7 +131,7 @@ def test_ways_without_scores_are_named(
 ) -> None:
     few = replace(digits, images=digits.images[:100], given=digits.given[:100], true=digits.true[:100])
     outcome, _ = run_once(few, epochs=1, seed=0)
-    monkeypatch.setattr(_ledger, "_MOST_GROWTH", 0.0)  # nothing fades to less than nothing
+    monkeypatch.setattr(_estimators, "_MOST_GROWTH", 0.0)  # nothing fades to less than nothing
     without, order = run_once(few, epochs=1, seed=0)
     by_ref = [way.name for way in WAYS if way.name.endswith("ref")]
     assert outcome.ways == {**without.ways, **{name: outcome.ways[name] for name in by_ref}}

@@ -16,6 +16,7 @@ import gradkern as gk
 from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
 from gradkern.rollback._ownership import claim
+from gradkern.rollback._reading import read_segments
 
 
 class DeafSink:
@@ -133,7 +134,7 @@ def test_convolutions_and_norms_are_recorded_by_sample(name, tmp_path):
         with recorder.batch(range(5)):
             (model(values) - target).square().sum().backward()
         optimizer.step()
-    (segment,) = gk.rollback.open(tmp_path / "run")._segments_from_last()
+    (segment,) = read_segments(gk.rollback.open(tmp_path / "run")._store, backwards=True)
     parameters = list(model.parameters())
     for sample in range(5):
         expected = torch.autograd.grad((model(values[sample : sample + 1]) - target).square().sum(), parameters)
@@ -277,7 +278,7 @@ def test_a_checkpoint_plan_and_a_recorder_share_a_model(order, tmp_path):
     ledger = gk.rollback.open(tmp_path / "run")
     assert (ledger.steps, ledger.visits) == (3, 24)
     assert ledger.verify(model).passed
-    for segment in ledger._segments_from_last():
+    for segment in read_segments(ledger._store, backwards=True):
         assert all(len(record.visit) == 24 for record in segment.records.values())
 
 

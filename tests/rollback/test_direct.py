@@ -10,6 +10,7 @@ import torch
 from recorded_models import gpt2, token_data, token_loss
 
 import gradkern as gk
+from gradkern.rollback._reading import read_segments
 from gradkern.rollback._smoothing import smooth, unsmooth
 
 
@@ -131,7 +132,7 @@ def test_the_sweep_equals_the_recursion_over_the_records(token_model, train):
 def recorded_deltas(ledger, index):
     """What every sample's stored gradients did to one parameter, step by step."""
     momentum, delta = defaultdict(float), defaultdict(float)
-    for segment in list(ledger._segments_from_last())[::-1]:
+    for segment in list(read_segments(ledger._store, backwards=True))[::-1]:
         for step in range(segment.steps):
             scalars = segment.step_scalars(step, index)
             for sample in momentum:

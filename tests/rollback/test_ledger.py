@@ -11,6 +11,7 @@ from torch import nn
 
 import gradkern as gk
 from gradkern.errors import LedgerError
+from gradkern.rollback._reading import read_segments
 
 
 def test_influences_are_sorted_and_positive_means_helped(train):
@@ -105,7 +106,7 @@ def test_compression_is_measured_against_the_true_gradient(token_model, tmp_path
             token_loss(token_model(data), data).backward()
         optimizer.step()
     ledger = gk.rollback.open(tmp_path / "run")
-    (segment,) = ledger._segments_from_last()
+    (segment,) = read_segments(ledger._store, backwards=True)
     streams = {(stream.layer, stream.kind): index for index, stream in enumerate(ledger._layout.streams)}
     stream = streams["hidden", "matrix"]
     record = segment.records[stream]

@@ -9,6 +9,7 @@ from torch import nn
 
 import gradkern as gk
 from gradkern.errors import LedgerError
+from gradkern.rollback._reading import read_segments
 
 
 def start(model, path, **options):
@@ -184,7 +185,7 @@ def test_shared_positions_get_a_gradient_per_sample(train, leading):
     run = train(model, data, steps=1, accumulate=1, micro_batch=6, rank=16, max_norm=None, **options)
     ledger = run.ledger()
     assert ledger.verify(model).passed
-    (segment,) = ledger._segments_from_last()
+    (segment,) = read_segments(ledger._store, backwards=True)
     streams = {stream.layer: index for index, stream in enumerate(ledger._layout.streams)}
     record = segment.records[streams["positions"]]
     assert record.visit.tolist() == list(range(6))

@@ -13,7 +13,8 @@ from torch import nn
 import gradkern as gk
 from gradkern.checkpoint import measure_peak
 from gradkern.errors import LedgerError, UnstableInfluenceError
-from gradkern.rollback import _ledger
+from gradkern.rollback import _estimators
+from gradkern.rollback._reading import read_segments
 from gradkern.rollback._smoothing import unsmooth
 
 
@@ -23,7 +24,7 @@ def deltas(ledger, curvature):
     zeros = [torch.zeros(info.shape, dtype=torch.float64) for info in infos]
     momenta = defaultdict(lambda: [zero.clone() for zero in zeros])
     found = defaultdict(lambda: [zero.clone() for zero in zeros])
-    for segment in list(ledger._segments_from_last())[::-1]:
+    for segment in list(read_segments(ledger._store, backwards=True))[::-1]:
         for step in range(segment.steps):
             first, end = segment.visit_bounds[step : step + 2].tolist()
             visits = defaultdict(lambda: [zero.clone() for zero in zeros])  # of this step, by visit
@@ -106,7 +107,7 @@ def test_a_list_of_queries_is_scored_as_each_alone(token_model, train):
 
 def test_growing_influence_is_an_error_not_a_score(token_model, train, monkeypatch):
     run = train(token_model, token_data(), steps=8)
-    monkeypatch.setitem(_ledger._CURVATURE, ("ref", "run"), 1e4)
+    monkeypatch.setitem(_estimators._CURVATURE, ("ref", "run"), 1e4)
     with pytest.raises(UnstableInfluenceError, match=r"influence grew .*-fold .*1 of 1 queries.*direct") as raised:
         run.ledger().scores(token_model, token_data()[:2], loss_fn=token_loss)
     assert raised.value.growth[0] > 1.0
@@ -186,7 +187,7 @@ def test_logits_that_are_changed_in_place_are_not_taken_for_those_of_the_loss(tm
         with recorder.batch(range(6)):
             nn.functional.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 2).backward()
         optimizer.step()
-    (segment,) = gk.rollback.open(tmp_path / "run")._segments_from_last()
+    (segment,) = read_segments(gk.rollback.open(tmp_path / "run")._store, backwards=True)
     assert segment.curvature.isnan().sum() >= 5  # one of them sets the scale
 
 
@@ -198,7 +199,7 @@ def test_rows_may_have_weights_of_their_own_where_the_layer_is_named(tmp_path):
 
     for name in (None, "head"):
         _, ledger = record_regression(tmp_path / str(name), loss, output=name)
-        (segment,) = ledger._segments_from_last()
+        (segment,) = read_segments(ledger._store, backwards=True)
         assert bool(segment.curvature.isnan().any()) == (name is None)
 
 

@@ -12,7 +12,8 @@ from torch import nn
 import gradkern as gk
 from gradkern.errors import LedgerError, UndoRefusedError
 from gradkern.rollback import Replay, _undo
-from gradkern.rollback._ledger import _query_gradients
+from gradkern.rollback._estimators import query_gradients
+from gradkern.rollback._reading import read_segments
 from gradkern.rollback._undo import propagate
 from gradkern.testing import same_bits
 
@@ -323,15 +324,14 @@ def test_fast_is_the_sweep_of_scores_forwards(tmp_path):
     model, _, _, ledger = longer_run(tmp_path / "run")
     inputs, labels = blobs()
     forgotten = torch.tensor([3, 8, 11, 30])
-    owned = ledger._owned(tuple(model.parameters()))
-    segments = (ledger._segment(entry) for entry in ledger._store.segments)
-    changes, growth = propagate(ledger._layout, owned, segments, forgotten)
+    owned = ledger._layout.owned(tuple(model.parameters()))
+    changes, growth = propagate(ledger._layout, owned, read_segments(ledger._store), forgotten)
     assert 0.0 < growth < 1.0
     for row in range(3):
         query = inputs[row : row + 1], labels[row : row + 1]
         found = ledger.scores(model, query, loss_fn=nn.functional.cross_entropy, estimator="ref")
         expected = float(found.scores[torch.isin(found.ids, forgotten)].sum())
-        gradients = _query_gradients(model, owned, query, nn.functional.cross_entropy)
+        gradients = query_gradients(model, owned, query, nn.functional.cross_entropy)
         gained = sum(float((gradients[index].double() * change.double()).sum()) for index, change in changes.items())
         assert gained == pytest.approx(expected, rel=1e-4)
 
