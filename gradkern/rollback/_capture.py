@@ -4,6 +4,10 @@ Each function saves what autograd saves anyway for that layer and computes the s
 calls, so for fp32 they are bit-equal to the layer's own. In backward it also hands the layer's input and
 output gradient to a :class:`Sink`. Nothing is taken in forward: a recomputed layer (activation checkpointing)
 is seen once.
+
+A Linear mostly needs no function of ours: a hook on autograd's own node reads there what it saved, at a third of the
+time. Where hooks on saved tensors are active (checkpointing, offloading) a tensor may be unpacked only once, by its
+node, so there it does.
 """
 
 from __future__ import annotations
@@ -38,14 +42,22 @@ class Sink(Protocol):
         """Give an embedding's output one row per sample if its ids are shared by all samples."""
         ...
 
-    def take_matrix(self, layer: OwnedLayer, rows: Tensor, columns: Tensor, weight_grad: Tensor) -> None:
-        """Take a Linear's or Conv1D's factors.
+    def take_matrix(
+        self,
+        layer: OwnedLayer,
+        rows: Tensor,
+        columns: Tensor,
+        weight_grad: Tensor,
+        bias_grad: Tensor | None = None,
+    ) -> None:
+        """Take a Linear's, Conv1D's or convolution's factors.
 
         Args:
             layer: The layer.
             rows: The factor along the weight's dimension 0, shape ``(..., weight.shape[0])``.
             columns: The factor along its dimension 1, shape ``(..., weight.shape[1])``.
             weight_grad: ``rowsᵀ @ columns`` over all tokens, as it goes to the parameter.
+            bias_grad: The sum of ``rows`` over all tokens, where that is what goes to a bias.
         """
         ...
 
@@ -120,11 +132,51 @@ class _Linear(torch.autograd.Function):
             input_grad = (flat @ weight).reshape(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             weight_grad = flat.t() @ input.reshape(-1, input.shape[-1])
-            ctx.sink.take_matrix(ctx.layer, grad, input, weight_grad)
         if ctx.needs_input_grad[2]:
             bias_grad = flat.sum(0)
+        if weight_grad is not None:
+            ctx.sink.take_matrix(ctx.layer, grad, input, weight_grad, bias_grad)
+        elif bias_grad is not None:
             ctx.sink.take_bias(ctx.layer, grad, bias_grad)
         return input_grad, weight_grad, bias_grad, None, None
+
+
+def _watch_linear(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
+    """Take a Linear's factors at the node of ``output``; False where autograd computes it in a way not known here."""
+    node: Any = output.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    name = "" if node is None else node.name()
+    if name not in _PRODUCTS:
+        return False
+    has_bias, saved = name == "AddmmBackward0", _PRODUCTS[name]
+    module: Any = layer.module
+    weight, bias, shape = module.weight, module.bias, output.shape
+
+    def take(input_grads: Sequence[Tensor | None], output_grads: Sequence[Tensor]) -> None:
+        weight_grad = input_grads[-1]
+        if weight_grad is None:
+            return  # torch.autograd.grad of something else
+        if torch.is_grad_enabled():
+            raise LedgerError(
+                f"record: a gradient reached layer {layer.name!r} that is to be differentiated again "
+                f"(create_graph=True); what such a gradient does to the parameters cannot be told apart by sample"
+            )
+        rows, columns = output_grads[0], getattr(node, saved)
+        if len(shape) > 2:
+            rows, columns = rows.view(shape), columns.view(*shape[:-1], -1)
+        if layer.is_output:
+            sink.take_logits(layer, F.linear(columns, weight, bias), rows)
+        sink.take_matrix(layer, rows, columns, weight_grad.t(), input_grads[0] if has_bias else None)
+
+    node.register_hook(take)
+    return True
+
+
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
+
+# Names of autograd's nodes, and of what they save of their first factor.
+_PRODUCTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 
 
 class _Conv1D(torch.autograd.Function):
@@ -299,10 +351,10 @@ class _Convolution(torch.autograd.Function):
         if needs[1]:
             columns = _windows(input, module.kernel_size, module.stride, ctx.padding, module.dilation)
             if module.groups == 1:
-                ctx.sink.take_matrix(ctx.layer, rows, columns.flatten(2), grads[1])
-            else:
-                grouped = rows.unflatten(2, (module.groups, -1)), columns.unflatten(2, (module.groups, -1)).flatten(3)
-                ctx.sink.take_vectors(ctx.layer, torch.einsum("nlgo,nlgk->ngok", *grouped), grads[1])
+                ctx.sink.take_matrix(ctx.layer, rows, columns.flatten(2), grads[1], grads[2])
+                return *grads, None, None, None
+            grouped = rows.unflatten(2, (module.groups, -1)), columns.unflatten(2, (module.groups, -1)).flatten(3)
+            ctx.sink.take_vectors(ctx.layer, torch.einsum("nlgo,nlgk->ngok", *grouped), grads[1])
         if needs[2]:
             ctx.sink.take_bias(ctx.layer, rows, grads[2])
         return *grads, None, None, None
@@ -327,7 +379,19 @@ def _factors(ctx: Any, input: Tensor, weight: Tensor) -> tuple[Tensor | None, Te
 
 def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     _forbid_autocast(layer, input)
-    return _apply(_Linear, input, layer.module.weight, layer.module.bias, layer, sink)
+    module: Any = layer.module
+    weight, bias = module.weight, module.bias
+    is_plain = weight.requires_grad and (bias is None or bias.requires_grad) and not _saved_tensors_are_packed()
+    if is_plain and torch._C._functorch.peek_interpreter_stack() is None:
+        output = F.linear(input, weight, bias)
+        if _watch_linear(layer, sink, output):
+            return output
+    return _apply(_Linear, input, weight, bias, layer, sink)
+
+
+def _saved_tensors_are_packed() -> bool:
+    """Whether hooks on saved tensors are active."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from gradkern.errors import LedgerError
-from gradkern.rollback._conservation import Shadows
-from gradkern.rollback._curvature import curvature_weights, measure_bends
-from gradkern.rollback._fidelity import Fidelity, embedding_fidelity, matrix_fidelity, vector_fidelity
+from gradkern.rollback._curvature import measure_bends
+from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._ownership import OwnedLayer, Ownership
 from gradkern.rollback._records import EmbeddingRecord, MatrixRecord, Record, VectorRecord
-from gradkern.rollback._reduce import low_rank_matrix, low_rank_product, quantize_rows
+from gradkern.rollback._reduce import reduce_matrix, reduce_vector
+from gradkern.rollback._shadows import Shadows
 
 __all__ = ["Intake", "Visits"]
 
@@ -26,29 +26,20 @@ class Visits:
         ids: The sample ids of each micro-batch.
         states: Of each, the state of torch's generator before it; empty where those are not kept.
         records: ``(stream, record)``; a record's ``visit`` counts from the first row of ``ids``.
-        fidelity: ``(stream, comparison)`` for the samples that were compared exactly.
+        comparisons: ``(stream, comparison)`` for the samples that are compared exactly.
         bends: Numbers of visits, and what :func:`~gradkern.rollback._curvature.measure_bends` found for them.
     """
 
     ids: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     records: list[tuple[int, Record]] = field(default_factory=list)
-    fidelity: list[tuple[int, Fidelity]] = field(default_factory=list)
+    comparisons: list[tuple[int, Comparison]] = field(default_factory=list)
     bends: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def count(self) -> int:
         """Number of visits."""
         return sum(len(ids) for ids in self.ids)
-
-    def curvature(self) -> Tensor:
-        """The curvature weight of every visit, fp32; NaN where none was found."""
-        sums = torch.full((self.count, 2), torch.nan, dtype=torch.float64)
-        for numbers, _ in self.bends:
-            sums[numbers] = 0.0
-        for numbers, bends in self.bends:
-            sums.index_add_(0, numbers, bends.cpu())
-        return curvature_weights(sums)
 
     def nbytes(self) -> int:
         """Bytes of all records."""
@@ -86,7 +77,7 @@ class Intake:
         self.scale: float | None = None
         self._ids: Tensor | None = None
         self._state: Tensor | None = None
-        self._first_visit: int | None = None
+        self._numbers: Tensor | None = None
         self._compare = False
         self._visits = Visits()
 
@@ -108,7 +99,7 @@ class Intake:
             compare: Whether to measure the first sample's compression exactly.
             state: Of torch's generator, to keep.
         """
-        self._ids, self._first_visit, self._compare, self._state = ids, None, compare, state
+        self._ids, self._numbers, self._compare, self._state = ids, None, compare, state
 
     def end(self) -> None:
         """Attribute nothing any more."""
@@ -116,7 +107,7 @@ class Intake:
 
     def take(self) -> Visits:
         """Hand over everything since the last call."""
-        visits, self._visits, self._first_visit = self._visits, Visits(), None
+        visits, self._visits, self._numbers = self._visits, Visits(), None
         return visits
 
     def nbytes(self) -> int:
@@ -140,17 +131,35 @@ class Intake:
         self._require_unambiguous(layer, ids, samples)
         return output
 
-    def take_matrix(self, layer: OwnedLayer, rows: Tensor, columns: Tensor, weight_grad: Tensor) -> None:
+    def take_matrix(
+        self,
+        layer: OwnedLayer,
+        rows: Tensor,
+        columns: Tensor,
+        weight_grad: Tensor,
+        bias_grad: Tensor | None = None,
+    ) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         if layer.weight is None:
+            if bias_grad is not None:
+                self.take_bias(layer, rows, bias_grad)
             return
         rows, columns = self._per_sample(layer, rows), self._per_sample(layer, columns)
         self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
-        left, right = low_rank_product(rows, columns, self._starts[layer.weight])
-        record = MatrixRecord(self._visit_numbers(layer), *quantize_rows(left), *quantize_rows(right))
+        left, left_scale, right, right_scale = reduce_matrix(rows, columns, self._starts[layer.weight])
+        visit = self._visit_numbers(layer)
+        record = MatrixRecord(visit, left, left_scale, right, right_scale)
         self._visits.records.append((layer.weight, record))
         if self._compare:
-            self._visits.fidelity.append((layer.weight, matrix_fidelity(rows[0], columns[0], record)))
+            self._visits.comparisons.append((layer.weight, Comparison.of(record, rows, columns)))
+        if bias_grad is None or layer.bias is None:
+            return
+        self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
+        if rows.shape[1] == 1:
+            # The gradient of the bias is the left factor.
+            self._add_vector(layer.bias, VectorRecord(visit, left.squeeze(1), left_scale.squeeze(1)), rows)
+        else:
+            self._add_vector(layer.bias, VectorRecord(visit, *reduce_vector(rows)), rows)
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
@@ -165,26 +174,24 @@ class Intake:
         # Not the sum over samples: an attention key's bias has a gradient of zero up to rounding, which Adam scales to
         # full steps; only the same rounding leads to the same parameter.
         self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
-        self._add_vector(layer, layer.bias, self._per_sample(layer, grad).sum(dim=1))
+        rows = self._per_sample(layer, grad)
+        self._add_vector(layer.bias, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
     def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         if layer.weight is None:
             return
-        grads = self._per_sample(layer, grads.flatten(1)).sum(dim=1)
+        rows = self._per_sample(layer, grads.flatten(1))
         self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
-        self._add_vector(layer, layer.weight, grads)
+        self._add_vector(layer.weight, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
     def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         grad, normalised = self._per_sample(layer, grad), self._per_sample(layer, normalised)
-        for stream, gradients in (
-            (layer.weight, (grad * normalised).sum(dim=1)),
-            (layer.bias, grad.sum(dim=1)),
-        ):
+        for stream, rows in ((layer.weight, grad * normalised), (layer.bias, grad)):
             if stream is not None:
-                self._shadows.add_gradient(self._streams[stream].parameter, gradients.sum(dim=0))
-                self._add_vector(layer, stream, gradients)
+                self._shadows.add_gradient(self._streams[stream].parameter, rows.sum(dim=1).sum(dim=0))
+                self._add_vector(stream, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
     def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
@@ -195,34 +202,34 @@ class Intake:
             self._streams[layer.weight].parameter, ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
         )
         index, merged = _merge_equal(ids, grad)
-        left, right = low_rank_matrix(merged, self._starts[layer.weight])
-        record = EmbeddingRecord(
-            self._visit_numbers(layer), index.to(torch.int32), *quantize_rows(left), *quantize_rows(right)
-        )
+        reduced = reduce_matrix(None, merged, self._starts[layer.weight])
+        record = EmbeddingRecord(self._visit_numbers(layer), index.to(torch.int32), *reduced)
         self._visits.records.append((layer.weight, record))
         if self._compare:
-            self._visits.fidelity.append((layer.weight, embedding_fidelity(merged[0], record)))
+            self._visits.comparisons.append((layer.weight, Comparison.of(record, merged)))
 
-    def _add_vector(self, layer: OwnedLayer, stream: int, gradients: Tensor) -> None:
-        record = VectorRecord(self._visit_numbers(layer), *quantize_rows(gradients))
+    def _add_vector(self, stream: int, record: VectorRecord, rows: Tensor) -> None:
         self._visits.records.append((stream, record))
         if self._compare:
-            self._visits.fidelity.append((stream, vector_fidelity(gradients[0], record)))
+            self._visits.comparisons.append((stream, Comparison.of(record, rows)))
 
     def _visit_numbers(self, layer: OwnedLayer) -> Tensor:
         """The numbers of the current micro-batch's rows among the visits since the last step."""
         ids = self._require_ids(layer)
-        if self._first_visit is None:
-            self._first_visit = self._visits.count
+        if self._numbers is None:
+            first = self._visits.count
             self._visits.ids.append(ids)
             if self._state is not None:
                 self._visits.states.append(self._state)
-        return torch.arange(self._first_visit, self._first_visit + len(ids), dtype=torch.int32)
+            self._numbers = torch.arange(first, first + len(ids), dtype=torch.int32)
+        return self._numbers
 
     def _per_sample(self, layer: OwnedLayer, tensor: Tensor) -> Tensor:
         """View ``(B, ..., N)`` or sample-major ``(B * T, N)`` as ``(B, T, N)``."""
         samples = len(self._require_ids(layer))
         leading = tensor.shape[:-1]
+        if len(leading) == 1 and leading[0] == samples:
+            return tensor.unsqueeze(1)
         if len(leading) == 1 and leading[0] > 0 and leading[0] % samples == 0:
             return tensor.reshape(samples, -1, tensor.shape[-1])
         if len(leading) > 1 and leading[0] == samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import sqlite3
@@ -17,14 +18,12 @@ from torch import Tensor, nn
 
 from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
-from gradkern.rollback._conservation import Shadows
 from gradkern.rollback._intake import Intake, Visits
 from gradkern.rollback._ownership import claim
-from gradkern.rollback._records import Record
 from gradkern.rollback._replay_log import StepLog, describe_options, digest_model
 from gradkern.rollback._sample_ids import sample_ids
-from gradkern.rollback._segment import StepRecord, StepScalars
-from gradkern.rollback._smoothing import smooth
+from gradkern.rollback._segment import StepRecord
+from gradkern.rollback._shadows import Applied, Shadows
 from gradkern.rollback._store import Closing, StoreWriter
 from gradkern.rollback._writer import Writer
 from gradkern.step_event import ParamStep, StepEvent, StepEventSource
@@ -344,33 +343,22 @@ class Recorder:
         self._is_whole, was_whole = False, self._is_whole
         updates = self._tracked(event)
         visits = self._intake.take()
-        records = [(stream, record.cpu()) for stream, record in visits.records]
-        ids = torch.cat([torch.empty(0, dtype=torch.int64), *visits.ids])
-        self._require_finite(records, ids)
         if self._steps % _COMPARE_EVERY == 0:
             self._require_captured(updates)
-        scalars: dict[int, StepScalars] = {}
-        preconditioners: dict[int, tuple[Tensor, ...]] = {}
-        multipliers: dict[int, float] = {}
-        for index, update in updates:
-            # Parameters mostly share the tensor; reading it synchronises a GPU, so once is enough.
-            key = id(update.grad_multiplier)
-            if key not in multipliers:
-                multipliers[key] = float(update.grad_multiplier)
-            multiplier = multipliers[key]
-            exact = update.preconditioner() if self._layout.parameters[index].owned else None
-            self._shadows.step(index, update, multiplier, exact)
-            scalars[index] = StepScalars(update.lr, update.decay, update.momentum, update.grad_weight, multiplier)
-            if exact is not None:
-                preconditioners[index] = smooth(exact)
-        self._shadows.drop_gradients()
+        applied = _applied(updates)
+        smoothed = self._shadows.step(applied)
+        if smoothed is None:
+            raise self._not_finite(visits)
+        scalars = [[math.nan] * 5] * len(self._parameters)
+        for index, update, multiplier in applied:
+            scalars[index] = [update.lr, update.decay, update.momentum, update.grad_weight, multiplier]
         step = StepRecord(
-            ids=ids,
-            curvature=visits.curvature(),
-            records=records,
-            fidelity=visits.fidelity,
-            scalars=scalars,
-            preconditioners=preconditioners,
+            ids=torch.cat(visits.ids) if visits.ids else torch.empty(0, dtype=torch.int64),
+            bends=visits.bends,
+            records=[(stream, record.cpu()) for stream, record in visits.records],
+            comparisons=visits.comparisons,
+            scalars=torch.tensor(scalars, dtype=torch.float64),
+            smoothed=smoothed,
             log=self._log(visits),
         )
         self._writer.put(step)
@@ -423,22 +411,22 @@ class Recorder:
                 )
         return updates
 
-    def _require_finite(self, records: Sequence[tuple[int, Record]], ids: Tensor) -> None:
+    def _not_finite(self, visits: Visits) -> LedgerError:
         """A NaN would rank first in every explanation."""
-        scales = [scale.reshape(-1) for _, record in records for scale in record.scales()]
-        if not scales or bool(torch.isfinite(torch.cat(scales)).all()):
-            return
-        for stream, record in records:
+        self._shadows.drop_gradients()
+        ids = torch.cat(visits.ids)
+        where = "a gradient"
+        for stream, record in visits.records:
             for scale in record.scales():
-                bad = record.visit[~torch.isfinite(scale).reshape(len(record.visit), -1).all(dim=1)]
+                bad = record.visit[~torch.isfinite(scale).reshape(len(record.visit), -1).all(dim=1).cpu()]
                 if len(bad):
                     info = self._layout.parameters[self._layout.streams[stream].parameter]
-                    raise LedgerError(
-                        f"record: sample {int(ids[bad[0]])} left a non-finite gradient on {info.name!r}, expected "
-                        f"finite ones; the optimizer step has been made and its records are dropped, so the law cannot "
-                        f"hold any more: skip such steps (a GradScaler, or recorder.discard() and zero_grad() in place "
-                        f"of step())"
-                    )
+                    where = f"sample {int(ids[bad[0]])} left a non-finite gradient on {info.name!r}"
+        return LedgerError(
+            f"record: {where}, expected finite ones; the optimizer step has been made and its records are dropped, so "
+            f"the law cannot hold any more: skip such steps (a GradScaler, or recorder.discard() and zero_grad() in "
+            f"place of step())"
+        )
 
     def _require_captured(self, updates: Sequence[tuple[int, ParamStep]]) -> None:
         """Compare what was captured with the gradient that the optimizer saw, while both are there."""
@@ -448,6 +436,8 @@ class Recorder:
                 continue
             waiting = self._shadows.waiting(index)
             missing = grad if waiting is None else grad - waiting
+            if waiting is not None and not bool(torch.isfinite(waiting).all()):
+                continue  # that is told by itself
             if not float(missing.norm()) <= 1e-3 * float(grad.norm()) + 1e-6:
                 raise LedgerError(
                     f"record: the gradient of {self._layout.parameters[index].name!r} at this step is not what the "
@@ -510,3 +500,15 @@ class Recorder:
                     f"record: {name!r} has a gradient already, which belongs to no recorded sample; start recording "
                     f"before the first backward, or call optimizer.zero_grad()"
                 )
+
+
+def _applied(updates: Sequence[tuple[int, ParamStep]]) -> list[Applied]:
+    multipliers: dict[int, float] = {}
+    applied = []
+    for index, update in updates:
+        # Parameters mostly share the tensor; reading it synchronises a GPU, so once is enough.
+        key = id(update.grad_multiplier)
+        if key not in multipliers:
+            multipliers[key] = float(update.grad_multiplier)
+        applied.append(Applied(index, update, multipliers[key]))
+    return applied

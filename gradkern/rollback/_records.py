@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 
 from gradkern.rollback._reduce import dequantize_rows
 
 __all__ = ["RECORD_TYPES", "EmbeddingRecord", "MatrixRecord", "Record", "VectorRecord"]
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class Record:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in _names(type(self))}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Record:
@@ -59,7 +65,9 @@ class Record:
         return type(self)(**{name: tensor[low:high] for name, tensor in self.tensors().items()})
 
     def cpu(self) -> Record:
-        """The same record in host memory."""
+        """The same record in host memory; itself if it is there."""
+        if all(tensor.device.type == "cpu" for tensor in self.tensors().values()):
+            return self
         return type(self)(**{name: tensor.cpu() for name, tensor in self.tensors().items()})
 
     def scales(self) -> list[torch.Tensor]:

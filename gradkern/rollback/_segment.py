@@ -10,11 +10,13 @@ from typing import TypeVar
 import torch
 
 from gradkern.errors import LedgerError
-from gradkern.rollback._fidelity import Fidelity
+from gradkern.rollback._curvature import curvature_weights
+from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._layout import Layout
 from gradkern.rollback._records import RECORD_TYPES, Record
 from gradkern.rollback._replay_log import ReplayLog, StepLog
 from gradkern.rollback._sharing import share_equal, unshare
+from gradkern.rollback._smoothing import smoothed_sizes
 
 __all__ = ["Segment", "StepRecord", "StepScalars"]
 
@@ -38,27 +40,27 @@ class StepRecord:
 
     Attributes:
         ids: Shape ``(visits,)``, int64: the sample id of every visit.
-        curvature: Shape ``(visits,)``, fp32: see :mod:`gradkern.rollback._curvature`; NaN where it is not known.
+        bends: Numbers of visits, and what :func:`~gradkern.rollback._curvature.measure_bends` found for them.
         records: ``(stream, record)``; ``visit`` counts from the first of ``ids``.
-        fidelity: ``(stream, comparison)``.
-        scalars: By parameter; parameters the step left alone are missing.
-        preconditioners: The smoothed preconditioner of every owned parameter that took part.
+        comparisons: ``(stream, comparison)``.
+        scalars: Shape ``(parameters, 5)``, fp64, in the order of :class:`StepScalars`; NaN where the step left a
+            parameter alone.
+        smoothed: The smoothed preconditioners, see :meth:`gradkern.rollback._shadows.Shadows.step`.
         log: What replaying needs; None where the run cannot be.
     """
 
     ids: torch.Tensor
-    curvature: torch.Tensor
+    bends: Sequence[tuple[torch.Tensor, torch.Tensor]]
     records: Sequence[tuple[int, Record]]
-    fidelity: Sequence[tuple[int, Fidelity]]
-    scalars: Mapping[int, StepScalars]
-    preconditioners: Mapping[int, tuple[torch.Tensor, ...]]
+    comparisons: Sequence[tuple[int, Comparison]]
+    scalars: torch.Tensor
+    smoothed: torch.Tensor
     log: StepLog | None = None
 
     def nbytes(self) -> int:
         """Bytes of all records, preconditioners and states."""
-        preconditioners = sum(tensor.nbytes for stored in self.preconditioners.values() for tensor in stored)
         log = 0 if self.log is None else self.log.nbytes()
-        return sum(record.nbytes() for _, record in self.records) + preconditioners + log
+        return sum(record.nbytes() for _, record in self.records) + self.smoothed.nbytes + log
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Segment:
 
     Attributes:
         visit_ids: Shape ``(visits,)``, int64: sample ids, in the order seen.
-        curvature: Shape ``(visits,)``, fp32: as in :class:`StepRecord`.
+        curvature: Shape ``(visits,)``, fp32: see :mod:`gradkern.rollback._curvature`; NaN where it is not known.
         visit_bounds: Shape ``(steps + 1,)``, int64: step ``t`` holds the visits from ``[t]`` to ``[t + 1]``.
         scalars: Shape ``(steps, parameters, 5)``, fp64, in the order of :class:`StepScalars`; NaN where a
             step left a parameter alone.
@@ -98,19 +100,12 @@ class Segment:
         bounds = torch.tensor([0] + [len(step.ids) for step in steps]).cumsum(0)
         return cls(
             visit_ids=torch.cat([step.ids for step in steps]),
-            curvature=torch.cat([step.curvature for step in steps]),
+            curvature=_curvature(bounds.tolist(), steps),
             visit_bounds=bounds,
-            scalars=_join_scalars(steps, len(layout.parameters)),
-            preconditioners=_join_preconditioners(steps),
+            scalars=torch.stack([step.scalars for step in steps]),
+            preconditioners=_split_smoothed(layout, steps),
             records=_join_records(layout, bounds.tolist(), [step.records for step in steps]),
-            fidelity=torch.tensor(
-                [
-                    (stream, comparison.exact_sq, comparison.inner, comparison.record_sq)
-                    for step in steps
-                    for stream, comparison in step.fidelity
-                ],
-                dtype=torch.float64,
-            ).reshape(-1, 4),
+            fidelity=_measured(steps),
             log=_all_or_none(ReplayLog.build, [step.log for step in steps]),
         )
 
@@ -218,32 +213,54 @@ def _join_records(
 ) -> dict[int, Record]:
     """By stream, of parts that each number their visits from 0."""
     records: defaultdict[int, list[Record]] = defaultdict(list)
+    firsts: defaultdict[int, list[int]] = defaultdict(list)
     for first_visit, part in zip(first_visits, parts, strict=False):
         for stream, record in part:
-            records[stream].append(replace(record, visit=record.visit + first_visit))
-    return {stream: RECORD_TYPES[layout.streams[stream].kind].join(each) for stream, each in records.items()}
-
-
-def _join_scalars(steps: Sequence[StepRecord], parameters: int) -> torch.Tensor:
-    scalars = torch.full((len(steps), parameters, len(fields(StepScalars))), torch.nan, dtype=torch.float64)
-    for row, step in enumerate(steps):
-        for parameter, applied in step.scalars.items():
-            values = [applied.lr, applied.decay, applied.momentum, applied.grad_weight, applied.multiplier]
-            scalars[row, parameter] = torch.tensor(values, dtype=torch.float64)
-    return scalars
-
-
-def _join_preconditioners(steps: Sequence[StepRecord]) -> dict[int, tuple[torch.Tensor, ...]]:
-    joined: dict[int, tuple[torch.Tensor, ...]] = {}
-    for row, step in enumerate(steps):
-        for parameter, stored in step.preconditioners.items():
-            if parameter not in joined:
-                joined[parameter] = tuple(
-                    torch.zeros((len(steps), *tensor.shape), dtype=tensor.dtype) for tensor in stored
-                )
-            for target, tensor in zip(joined[parameter], stored, strict=True):
-                target[row] = tensor.cpu()
+            records[stream].append(record)
+            firsts[stream].append(first_visit)
+    joined = {}
+    for stream, each in records.items():
+        together = RECORD_TYPES[layout.streams[stream].kind].join(each)
+        counts = torch.tensor([len(record.visit) for record in each])
+        shifts = torch.tensor(firsts[stream], dtype=together.visit.dtype).repeat_interleave(counts)
+        joined[stream] = replace(together, visit=together.visit + shifts)
     return joined
+
+
+def _curvature(bounds: Sequence[int], steps: Sequence[StepRecord]) -> torch.Tensor:
+    """The curvature weight of every visit; NaN where none was found."""
+    numbers = [torch.empty(0, dtype=torch.int64)]
+    bends = [torch.empty(0, 2, dtype=torch.float64)]
+    for first, step in zip(bounds, steps, strict=False):
+        numbers += [each + first for each, _ in step.bends]
+        bends += [each.cpu() for _, each in step.bends]
+    all_numbers = torch.cat(numbers)
+    sums = torch.full((bounds[-1], 2), torch.nan, dtype=torch.float64)
+    sums[all_numbers] = 0.0
+    return curvature_weights(sums.index_add_(0, all_numbers, torch.cat(bends)))
+
+
+def _measured(steps: Sequence[StepRecord]) -> torch.Tensor:
+    found = [(stream, comparison.measure()) for step in steps for stream, comparison in step.comparisons]
+    rows = [(stream, each.exact_sq, each.inner, each.record_sq) for stream, each in found]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+
+
+def _split_smoothed(layout: Layout, steps: Sequence[StepRecord]) -> dict[int, tuple[torch.Tensor, ...]]:
+    """By parameter, of those that took part in any of the steps."""
+    all_of = torch.stack([step.smoothed for step in steps])
+    took_part = torch.stack([~step.scalars[:, 0].isnan() for step in steps]).any(dim=0).tolist()
+    split: dict[int, tuple[torch.Tensor, ...]] = {}
+    start = 0
+    for index, info in enumerate(layout.parameters):
+        if not info.owned:
+            continue
+        sizes = smoothed_sizes(info.shape)
+        if took_part[index]:
+            columns = all_of[:, start : start + sum(sizes)].split(list(sizes), dim=1)
+            split[index] = tuple(each.contiguous() for each in columns)
+        start += sum(sizes)
+    return split
 
 
 def _stack_preconditioners(parts: Sequence[Segment]) -> dict[int, tuple[torch.Tensor, ...]]:

@@ -1,0 +1,237 @@
+// Registers the loops of recording: unbox, check, split over samples or parameters, call the loops.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/bends.h"
+#include "cpu/isa.h"
+
+namespace gradkern {
+namespace {
+
+using torch::headeronly::HeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements from which a second thread is worth waking.
+constexpr int64_t kSerialElements = 65536;
+
+void check_dense(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, int64_t size) {
+  STD_TORCH_CHECK(tensor.numel() == size && tensor.is_contiguous() && tensor.scalar_type() == dtype, op, ": ", name,
+                  " must be a contiguous tensor of ", size, " elements, got ", tensor.numel(),
+                  " elements or another dtype");
+}
+
+const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+int64_t grain_of(int64_t items, int64_t elements) {
+  return elements <= kSerialElements ? std::max<int64_t>(1, items)
+                                     : std::max<int64_t>(1, items * kSerialElements / elements);
+}
+
+int64_t last_size(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
+// left: (samples, tokens, height) in any shape of that order, or none; codes and scales: (samples, r, ...).
+void reduce_matrix(std::optional<Tensor> left, Tensor right, int64_t samples, Tensor start, Tensor left_codes,
+                   Tensor left_scales, Tensor right_codes, Tensor right_scales) {
+  const char* op = "reduce_matrix";
+  const int64_t width = last_size(right), rank = start.size(0);
+  STD_TORCH_CHECK(samples > 0 && width > 0 && right.numel() % (samples * width) == 0, op, ": right of ", right.numel(),
+                  " elements does not divide into ", samples, " samples of rows of ", width);
+  const int64_t tokens = right.numel() / (samples * width), kept = std::min(tokens, rank);
+  const int64_t height = left.has_value() ? last_size(*left) : tokens;
+  check_dense(op, "right", right, ScalarType::Float, samples * tokens * width);
+  check_dense(op, "start", start, ScalarType::Float, rank * width);
+  if (left.has_value()) {
+    check_dense(op, "left", *left, ScalarType::Float, samples * tokens * height);
+  }
+  check_dense(op, "left_codes", left_codes, ScalarType::Char, samples * kept * height);
+  check_dense(op, "left_scales", left_scales, ScalarType::Float, samples * kept);
+  check_dense(op, "right_codes", right_codes, ScalarType::Char, samples * kept * width);
+  check_dense(op, "right_scales", right_scales, ScalarType::Float, samples * kept);
+  const float* left_rows = left.has_value() ? floats(*left) : nullptr;
+  const float* right_rows = floats(right);
+  const float* directions = floats(start);
+  auto* to_left = static_cast<int8_t*>(left_codes.mutable_data_ptr());
+  auto* to_right = static_cast<int8_t*>(right_codes.mutable_data_ptr());
+  float* to_left_scales = mutable_floats(left_scales);
+  float* to_right_scales = mutable_floats(right_scales);
+  const auto reduce = kernels().reduce_sample;
+  const int64_t work = samples * tokens * (height + width);
+  torch::stable::parallel_for(0, samples, grain_of(samples, work), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(tokens > rank ? reduce_scratch(tokens, height, width, rank) : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      reduce({left_rows == nullptr ? nullptr : left_rows + i * tokens * height, right_rows + i * tokens * width,
+              directions, tokens, height, width, rank, scratch.data(), to_left + i * kept * height,
+              to_left_scales + i * kept, to_right + i * kept * width, to_right_scales + i * kept});
+    }
+  });
+}
+
+// rows: (samples, tokens, width) in any shape of that order.
+void reduce_vector(Tensor rows, int64_t samples, Tensor codes, Tensor scales) {
+  const char* op = "reduce_vector";
+  const int64_t width = last_size(rows);
+  STD_TORCH_CHECK(samples > 0 && width > 0 && rows.numel() % (samples * width) == 0, op, ": rows of ", rows.numel(),
+                  " elements do not divide into ", samples, " samples of rows of ", width);
+  const int64_t tokens = rows.numel() / (samples * width);
+  check_dense(op, "rows", rows, ScalarType::Float, samples * tokens * width);
+  check_dense(op, "codes", codes, ScalarType::Char, samples * width);
+  check_dense(op, "scales", scales, ScalarType::Float, samples);
+  const float* from = floats(rows);
+  auto* to = static_cast<int8_t*>(codes.mutable_data_ptr());
+  float* to_scales = mutable_floats(scales);
+  const auto reduce = kernels().reduce_vector;
+  torch::stable::parallel_for(0, samples, grain_of(samples, rows.numel()), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(tokens > 1 ? tokens + 5 * width : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      reduce(from + i * tokens * width, tokens, width, scratch.data(), to + i * width, to_scales + i);
+    }
+  });
+}
+
+// logits: (samples, tokens, classes) in any shape of that order. Returns the scale; NaN stands for none.
+double measure_bends(Tensor logits, Tensor grad, int64_t samples, double scale, bool is_declared, Tensor sums) {
+  const char* op = "measure_bends";
+  const int64_t classes = last_size(logits);
+  STD_TORCH_CHECK(samples > 0 && classes > 0 && logits.numel() % (samples * classes) == 0, op, ": logits of ",
+                  logits.numel(), " elements do not divide into ", samples, " samples of rows of ", classes);
+  const int64_t rows = logits.numel() / classes;
+  check_dense(op, "logits", logits, ScalarType::Float, rows * classes);
+  check_dense(op, "grad", grad, ScalarType::Float, rows * classes);
+  check_dense(op, "sums", sums, ScalarType::Double, samples * 2);
+  const float* from = floats(logits);
+  const float* slopes = floats(grad);
+  std::vector<BentRow> bent(rows);
+  const auto bend = kernels().bend_row;
+  torch::stable::parallel_for(0, rows, grain_of(rows, logits.numel()), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(2 * classes);
+    for (int64_t row = begin; row < end; ++row) {
+      bend(from + row * classes, slopes + row * classes, classes, scratch.data(), &bent[row].inner);
+    }
+  });
+  const Bends bends(bent.data(), samples, rows / samples, classes, is_declared);
+  const double found = bends.scale(scale);
+  bends.sums(found, static_cast<double*>(sums.mutable_data_ptr()));
+  return found;
+}
+
+// Columns of `numbers`, gradkern.rollback._conservation.COLUMNS.
+enum Number : int64_t {
+  kLr,
+  kDecay,
+  kMomentum,
+  kGradWeight,
+  kMultiplier,
+  kStepSize,
+  kRootScale,
+  kEps,
+  kHasGradient,
+  kHasSecondMoment,
+  kNumbers
+};
+
+bool all_finite(const Tensor& tensor) {
+  const float* values = floats(tensor);
+  for (int64_t at = 0; at < tensor.numel(); at += kChunk) {
+    const int64_t size = std::min(kChunk, tensor.numel() - at);
+    if (!std::isfinite(kernels().abs_norm(DType::kFloat32, values + at, size, true))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Returns whether all gradients are finite; changes nothing where they are not.
+bool shadow_step(HeaderOnlyArrayRef<Tensor> gradients, HeaderOnlyArrayRef<Tensor> momenta,
+                 HeaderOnlyArrayRef<Tensor> deltas, HeaderOnlyArrayRef<Tensor> second_moments, Tensor numbers,
+                 Tensor roundings, Tensor smoothed, double sum_rounding) {
+  const char* op = "shadow_step";
+  const auto count = static_cast<int64_t>(gradients.size());
+  STD_TORCH_CHECK(static_cast<int64_t>(momenta.size()) == count && static_cast<int64_t>(deltas.size()) == count &&
+                      static_cast<int64_t>(second_moments.size()) == count,
+                  op, ": the lists must be as long as one another, got ", count, ", ", momenta.size(), ", ",
+                  deltas.size(), " and ", second_moments.size());
+  check_dense(op, "numbers", numbers, ScalarType::Double, count * kNumbers);
+  check_dense(op, "roundings", roundings, ScalarType::Double, count * 2);
+  const auto* all = static_cast<const double*>(numbers.const_data_ptr());
+  auto* rounding = static_cast<double*>(roundings.mutable_data_ptr());
+  std::vector<int64_t> first(count + 1, 0);
+  int64_t elements = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t size = gradients[i].numel();
+    check_dense(op, "gradients", gradients[i], ScalarType::Float, size);
+    check_dense(op, "momenta", momenta[i], ScalarType::Float, size);
+    check_dense(op, "deltas", deltas[i], ScalarType::Float, size);
+    if (all[i * kNumbers + kHasSecondMoment] != 0.0) {
+      check_dense(op, "second_moments", second_moments[i], ScalarType::Float, size);
+    }
+    const int64_t rows = gradients[i].dim() < 2 ? 0 : gradients[i].size(0);
+    STD_TORCH_CHECK(gradients[i].dim() < 2 || size > 0, op, ": matrices must have elements");
+    first[i + 1] = first[i] + (rows == 0 ? size : rows + size / rows);
+    elements += size;
+  }
+  check_dense(op, "smoothed", smoothed, ScalarType::BFloat16, first[count]);
+  for (int64_t i = 0; i < count; ++i) {
+    const double* n = all + i * kNumbers;
+    if (!std::isnan(n[kLr]) && n[kHasGradient] != 0.0 && !all_finite(gradients[i])) {
+      return false;
+    }
+  }
+  auto* to = static_cast<uint16_t*>(smoothed.mutable_data_ptr());
+  const auto step = kernels().shadow_step;
+  torch::stable::parallel_for(0, count, grain_of(count, elements), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch;
+    for (int64_t i = begin; i < end; ++i) {
+      const double* n = all + i * kNumbers;
+      if (std::isnan(n[kLr])) {
+        continue;
+      }
+      const int64_t size = gradients[i].numel();
+      const int64_t rows = gradients[i].dim() < 2 ? 0 : gradients[i].size(0);
+      const int64_t columns = rows == 0 ? size : size / rows;
+      const bool has_gradient = n[kHasGradient] != 0.0;
+      scratch.resize(std::max<size_t>(scratch.size(), static_cast<size_t>(shadow_scratch(rows, columns))));
+      double squares[2] = {0.0, 0.0};
+      step({has_gradient ? floats(gradients[i]) : nullptr,
+            n[kHasSecondMoment] != 0.0 ? floats(second_moments[i]) : nullptr, mutable_floats(momenta[i]),
+            mutable_floats(deltas[i]), rows, columns, static_cast<float>(n[kMomentum]),
+            static_cast<float>(n[kGradWeight] * n[kMultiplier]), static_cast<float>(n[kDecay]),
+            static_cast<float>(n[kStepSize]), static_cast<float>(n[kRootScale]), static_cast<float>(n[kEps]),
+            scratch.data(), to + first[i], squares});
+      if (gradients[i].dim() == 1) {
+        double added = n[kMomentum] * rounding[2 * i + 1];
+        if (has_gradient) {
+          const double typical = std::sqrt(squares[0]) / std::sqrt(static_cast<double>(std::max<int64_t>(1, size)));
+          added = added + std::fabs(n[kGradWeight] * n[kMultiplier]) * sum_rounding * typical;
+        }
+        rounding[2 * i + 1] = added;
+        rounding[2 * i] = std::fabs(n[kDecay]) * rounding[2 * i] + added * std::sqrt(squares[1]);
+      }
+    }
+  });
+  return true;
+}
+
+}  // namespace
+}  // namespace gradkern
+
+STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
+  m.impl("_reduce_matrix_", TORCH_BOX(&gradkern::reduce_matrix));
+  m.impl("_reduce_vector_", TORCH_BOX(&gradkern::reduce_vector));
+  m.impl("_measure_bends_", TORCH_BOX(&gradkern::measure_bends));
+  m.impl("_shadow_step_", TORCH_BOX(&gradkern::shadow_step));
+}
