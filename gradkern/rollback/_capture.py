@@ -5,9 +5,9 @@ calls, so for fp32 they are bit-equal to the layer's own. In backward it also ha
 output gradient to a :class:`Sink`. Nothing is taken in forward: a recomputed layer (activation checkpointing)
 is seen once.
 
-A Linear mostly needs no function of ours: a hook on autograd's own node reads there what it saved, at a third of the
-time. Where hooks on saved tensors are active (checkpointing, offloading) a tensor may be unpacked only once, by its
-node, so there it does.
+A Linear or Conv1D mostly needs no function of ours: a hook on autograd's own node reads there what it saved, at a third
+of the time. Where hooks on saved tensors are active (checkpointing, offloading) a tensor may be unpacked only once, by
+its node, so there it does.
 """
 
 from __future__ import annotations
@@ -141,15 +141,15 @@ class _Linear(torch.autograd.Function):
         return input_grad, weight_grad, bias_grad, None, None
 
 
-def _watch_linear(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
-    """Take a Linear's factors at the node of ``output``; False where autograd computes it in a way not known here."""
+def _watch(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
+    """Take a Linear's or Conv1D's factors at the node of ``output``; False where that is none of those known here."""
     node: Any = output.grad_fn
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
     name = "" if node is None else node.name()
     if name not in _PRODUCTS:
         return False
-    has_bias, saved = name == "AddmmBackward0", _PRODUCTS[name]
+    saved, is_transposed = _PRODUCTS[name], layer.kind is LayerKind.CONV1D
     module: Any = layer.module
     weight, bias, shape = module.weight, module.bias, output.shape
 
@@ -162,15 +162,28 @@ def _watch_linear(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
                 f"record: a gradient reached layer {layer.name!r} that is to be differentiated again "
                 f"(create_graph=True); what such a gradient does to the parameters cannot be told apart by sample"
             )
-        rows, columns = output_grads[0], getattr(node, saved)
+        grad, input = output_grads[0], getattr(node, saved)
         if len(shape) > 2:
-            rows, columns = rows.view(shape), columns.view(*shape[:-1], -1)
+            grad, input = grad.view(shape), input.view(*shape[:-1], -1)
+        bias_grad = None if bias is None else input_grads[0]
+        if is_transposed:
+            sink.take_matrix(layer, input, grad, weight_grad)
+            if bias_grad is not None:
+                sink.take_bias(layer, grad, bias_grad)
+            return
         if layer.is_output:
-            sink.take_logits(layer, F.linear(columns, weight, bias), rows)
-        sink.take_matrix(layer, rows, columns, weight_grad.t(), input_grads[0] if has_bias else None)
+            sink.take_logits(layer, F.linear(input, weight, bias), grad)
+        sink.take_matrix(layer, grad, input, weight_grad.t(), bias_grad)
 
     node.register_hook(take)
     return True
+
+
+def _can_watch(module: Any) -> bool:
+    """Whether all parameters of a layer are trained, and its node is the first to unpack what it saves."""
+    trained = all(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None)
+    is_plain = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    return trained and is_plain and torch._C._functorch.peek_interpreter_stack() is None
 
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
@@ -380,23 +393,21 @@ def _factors(ctx: Any, input: Tensor, weight: Tensor) -> tuple[Tensor | None, Te
 def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     _forbid_autocast(layer, input)
     module: Any = layer.module
-    weight, bias = module.weight, module.bias
-    is_plain = weight.requires_grad and (bias is None or bias.requires_grad) and not _saved_tensors_are_packed()
-    if is_plain and torch._C._functorch.peek_interpreter_stack() is None:
-        output = F.linear(input, weight, bias)
-        if _watch_linear(layer, sink, output):
+    if _can_watch(module):
+        output = F.linear(input, module.weight, module.bias)
+        if _watch(layer, sink, output):
             return output
-    return _apply(_Linear, input, weight, bias, layer, sink)
-
-
-def _saved_tensors_are_packed() -> bool:
-    """Whether hooks on saved tensors are active."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _apply(_Linear, input, module.weight, module.bias, layer, sink)
 
 
 def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:
     _forbid_autocast(layer, x)
-    return _apply(_Conv1D, x, layer.module.weight, layer.module.bias, layer, sink)
+    module: Any = layer.module
+    if _can_watch(module):
+        output: Tensor = type(module).forward(module, x)
+        if _watch(layer, sink, output):
+            return output
+    return _apply(_Conv1D, x, module.weight, module.bias, layer, sink)
 
 
 def _embedding(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:

@@ -9,18 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from gradkern.rollback._reduce import dequantize_rows
 
 __all__ = ["RECORD_TYPES", "EmbeddingRecord", "MatrixRecord", "Record", "VectorRecord"]
-
-
-@cache
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +40,7 @@ class Record:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields by name."""
-        return {name: getattr(self, name) for name in _names(type(self))}
+        return {name: getattr(self, name) for name in _names(self.kind)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Record:
@@ -177,6 +172,11 @@ class VectorRecord(Record):
 RECORD_TYPES: Mapping[str, type[Record]] = {
     record.kind: record for record in (MatrixRecord, EmbeddingRecord, VectorRecord)
 }
+
+
+@cache
+def _names(kind: str) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(RECORD_TYPES[kind]))
 
 
 def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
