@@ -44,6 +44,40 @@ int64_t grain_of(int64_t items, int64_t elements) {
 
 int64_t last_size(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
 
+// The factors of all samples and where their records go; see ReduceSample.
+struct Reduction {
+  const float *left, *right, *start;
+  int64_t samples, tokens, height, width, rank;
+  int8_t* left_codes;
+  float* left_scales;
+  int8_t* right_codes;
+  float* right_scales;
+};
+
+void reduce_samples(const Reduction& all) {
+  const auto reduce = kernels().reduce_sample;
+  const int64_t kept = std::min(all.tokens, all.rank), work = all.samples * all.tokens * (all.height + all.width);
+  torch::stable::parallel_for(0, all.samples, grain_of(all.samples, work), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(all.tokens > all.rank ? reduce_scratch(all.tokens, all.height, all.width, all.rank) : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      reduce({all.left == nullptr ? nullptr : all.left + i * all.tokens * all.height,
+              all.right + i * all.tokens * all.width, all.start, all.tokens, all.height, all.width, all.rank,
+              scratch.data(), all.left_codes + i * kept * all.height, all.left_scales + i * kept,
+              all.right_codes + i * kept * all.width, all.right_scales + i * kept});
+    }
+  });
+}
+
+void reduce_rows(const float* rows, int64_t samples, int64_t tokens, int64_t width, int8_t* codes, float* scales) {
+  const auto reduce = kernels().reduce_vector;
+  torch::stable::parallel_for(0, samples, grain_of(samples, samples * tokens * width), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(tokens > 1 ? tokens + 5 * width : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      reduce(rows + i * tokens * width, tokens, width, scratch.data(), codes + i * width, scales + i);
+    }
+  });
+}
+
 // left: (samples, tokens, height) in any shape of that order, or none; codes and scales: (samples, r, ...).
 void reduce_matrix(std::optional<Tensor> left, Tensor right, int64_t samples, Tensor start, Tensor left_codes,
                    Tensor left_scales, Tensor right_codes, Tensor right_scales) {
@@ -62,23 +96,9 @@ void reduce_matrix(std::optional<Tensor> left, Tensor right, int64_t samples, Te
   check_dense(op, "left_scales", left_scales, ScalarType::Float, samples * kept);
   check_dense(op, "right_codes", right_codes, ScalarType::Char, samples * kept * width);
   check_dense(op, "right_scales", right_scales, ScalarType::Float, samples * kept);
-  const float* left_rows = left.has_value() ? floats(*left) : nullptr;
-  const float* right_rows = floats(right);
-  const float* directions = floats(start);
-  auto* to_left = static_cast<int8_t*>(left_codes.mutable_data_ptr());
-  auto* to_right = static_cast<int8_t*>(right_codes.mutable_data_ptr());
-  float* to_left_scales = mutable_floats(left_scales);
-  float* to_right_scales = mutable_floats(right_scales);
-  const auto reduce = kernels().reduce_sample;
-  const int64_t work = samples * tokens * (height + width);
-  torch::stable::parallel_for(0, samples, grain_of(samples, work), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(tokens > rank ? reduce_scratch(tokens, height, width, rank) : 0);
-    for (int64_t i = begin; i < end; ++i) {
-      reduce({left_rows == nullptr ? nullptr : left_rows + i * tokens * height, right_rows + i * tokens * width,
-              directions, tokens, height, width, rank, scratch.data(), to_left + i * kept * height,
-              to_left_scales + i * kept, to_right + i * kept * width, to_right_scales + i * kept});
-    }
-  });
+  reduce_samples({left.has_value() ? floats(*left) : nullptr, floats(right), floats(start), samples, tokens, height,
+                  width, rank, static_cast<int8_t*>(left_codes.mutable_data_ptr()), mutable_floats(left_scales),
+                  static_cast<int8_t*>(right_codes.mutable_data_ptr()), mutable_floats(right_scales)});
 }
 
 // rows: (samples, tokens, width) in any shape of that order.
@@ -91,16 +111,104 @@ void reduce_vector(Tensor rows, int64_t samples, Tensor codes, Tensor scales) {
   check_dense(op, "rows", rows, ScalarType::Float, samples * tokens * width);
   check_dense(op, "codes", codes, ScalarType::Char, samples * width);
   check_dense(op, "scales", scales, ScalarType::Float, samples);
-  const float* from = floats(rows);
-  auto* to = static_cast<int8_t*>(codes.mutable_data_ptr());
-  float* to_scales = mutable_floats(scales);
-  const auto reduce = kernels().reduce_vector;
-  torch::stable::parallel_for(0, samples, grain_of(samples, rows.numel()), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(tokens > 1 ? tokens + 5 * width : 0);
-    for (int64_t i = begin; i < end; ++i) {
-      reduce(from + i * tokens * width, tokens, width, scratch.data(), to + i * width, to_scales + i);
+  reduce_rows(floats(rows), samples, tokens, width, static_cast<int8_t*>(codes.mutable_data_ptr()),
+              mutable_floats(scales));
+}
+
+// Bits of a matrix's flags.
+enum Flag : int64_t { kOverwriteWeight = 1, kHasBias = 2, kOverwriteBias = 4 };
+
+void add_to_sum(const Tensor& gradient, const Tensor& sum, bool overwrite) {
+  const int64_t size = sum.numel();
+  check_dense("record_matrices", "gradients", gradient, ScalarType::Float, size);
+  check_dense("record_matrices", "sums", sum, ScalarType::Float, size);
+  const Fold fold = overwrite ? Fold::kOverwrite : Fold::kAdd;
+  const int64_t chunks = (size + kChunk - 1) / kChunk;
+  torch::stable::parallel_for(0, chunks, grain_of(chunks, size), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t at = chunk * kChunk;
+      kernels().accumulate(mutable_floats(sum) + at, floats(gradient) + at, DType::kFloat32,
+                           std::min(kChunk, size - at), fold, nullptr);
     }
   });
+}
+
+// Of several matrices: adds their gradients to sums, and writes the records of their factors to places of `block`
+// (gradkern.rollback._packing).
+void record_matrices(HeaderOnlyArrayRef<Tensor> rows, HeaderOnlyArrayRef<Tensor> columns,
+                     HeaderOnlyArrayRef<Tensor> starts, HeaderOnlyArrayRef<Tensor> weight_grads,
+                     HeaderOnlyArrayRef<Tensor> weight_sums, HeaderOnlyArrayRef<Tensor> bias_grads,
+                     HeaderOnlyArrayRef<Tensor> bias_sums, HeaderOnlyArrayRef<int64_t> flags,
+                     HeaderOnlyArrayRef<int64_t> offsets, int64_t samples, Tensor block) {
+  const char* op = "record_matrices";
+  const size_t count = rows.size();
+  STD_TORCH_CHECK(columns.size() == count && starts.size() == count && weight_grads.size() == count &&
+                      weight_sums.size() == count && bias_grads.size() == count && bias_sums.size() == count &&
+                      flags.size() == count && offsets.size() == 6 * count,
+                  op, ": the lists must be as long as one another");
+  STD_TORCH_CHECK(block.is_contiguous() && block.scalar_type() == ScalarType::Byte, op,
+                  ": block must be a contiguous uint8 tensor");
+  auto* to = static_cast<unsigned char*>(block.mutable_data_ptr());
+  const auto place = [&](int64_t offset, int64_t nbytes) {
+    STD_TORCH_CHECK(offset >= 0 && offset + nbytes <= block.numel(), op, ": a record does not fit into its block");
+    return to + offset;
+  };
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t width = last_size(columns[i]), height = last_size(rows[i]), rank = starts[i].size(0);
+    STD_TORCH_CHECK(samples > 0 && width > 0 && columns[i].numel() % (samples * width) == 0, op, ": ",
+                    columns[i].numel(), " elements do not divide into ", samples, " samples of rows of ", width);
+    const int64_t tokens = columns[i].numel() / (samples * width), kept = std::min(tokens, rank);
+    check_dense(op, "columns", columns[i], ScalarType::Float, samples * tokens * width);
+    check_dense(op, "rows", rows[i], ScalarType::Float, samples * tokens * height);
+    check_dense(op, "starts", starts[i], ScalarType::Float, rank * width);
+    const int64_t* offset = offsets.data() + 6 * i;
+    add_to_sum(weight_grads[i], weight_sums[i], (flags[i] & kOverwriteWeight) != 0);
+    const Reduction reduction = {floats(rows[i]),
+                                 floats(columns[i]),
+                                 floats(starts[i]),
+                                 samples,
+                                 tokens,
+                                 height,
+                                 width,
+                                 rank,
+                                 reinterpret_cast<int8_t*>(place(offset[3], samples * kept * height)),
+                                 reinterpret_cast<float*>(place(offset[0], 4 * samples * kept)),
+                                 reinterpret_cast<int8_t*>(place(offset[4], samples * kept * width)),
+                                 reinterpret_cast<float*>(place(offset[1], 4 * samples * kept))};
+    reduce_samples(reduction);
+    if ((flags[i] & kHasBias) != 0) {
+      add_to_sum(bias_grads[i], bias_sums[i], (flags[i] & kOverwriteBias) != 0);
+      if (tokens > 1) {
+        reduce_rows(floats(rows[i]), samples, tokens, height,
+                    reinterpret_cast<int8_t*>(place(offset[5], samples * height)),
+                    reinterpret_cast<float*>(place(offset[2], 4 * samples)));
+      }
+    }
+  }
+}
+
+// How far gradients are from the sums that were captured: two sums of squares each, of the difference and of the
+// gradient.
+void compare_gradients(HeaderOnlyArrayRef<Tensor> captured, HeaderOnlyArrayRef<Tensor> gradients, Tensor squares) {
+  const char* op = "compare_gradients";
+  STD_TORCH_CHECK(captured.size() == gradients.size(), op, ": the lists must be as long as one another");
+  check_dense(op, "squares", squares, ScalarType::Double, static_cast<int64_t>(2 * captured.size()));
+  auto* to = static_cast<double*>(squares.mutable_data_ptr());
+  for (size_t i = 0; i < captured.size(); ++i) {
+    const int64_t size = captured[i].numel();
+    check_dense(op, "captured", captured[i], ScalarType::Float, size);
+    check_dense(op, "gradients", gradients[i], ScalarType::Float, size);
+    const float* ours = floats(captured[i]);
+    const float* theirs = floats(gradients[i]);
+    double missing = 0.0, all = 0.0;
+    for (int64_t at = 0; at < size; ++at) {
+      const double grad = theirs[at], difference = grad - static_cast<double>(ours[at]);
+      missing += difference * difference;
+      all += grad * grad;
+    }
+    to[2 * i] = missing;
+    to[2 * i + 1] = all;
+  }
 }
 
 // logits: (samples, tokens, classes) in any shape of that order. Returns the scale; NaN stands for none.
@@ -231,6 +339,8 @@ bool shadow_step(HeaderOnlyArrayRef<Tensor> gradients, HeaderOnlyArrayRef<Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
   m.impl("_reduce_matrix_", TORCH_BOX(&gradkern::reduce_matrix));
+  m.impl("_record_matrices_", TORCH_BOX(&gradkern::record_matrices));
+  m.impl("_compare_gradients_", TORCH_BOX(&gradkern::compare_gradients));
   m.impl("_reduce_vector_", TORCH_BOX(&gradkern::reduce_vector));
   m.impl("_measure_bends_", TORCH_BOX(&gradkern::measure_bends));
   m.impl("_shadow_step_", TORCH_BOX(&gradkern::shadow_step));

@@ -12,21 +12,24 @@ GRADKERN_INLINE uint16_t bf16_of(float x) {
 // Momentum and delta of `size` elements; their preconditioners to `preconditioners`.
 GRADKERN_INLINE void shadow_elements(const ShadowStep& step, int64_t at, int64_t size, float* preconditioners) {
   const float momentum = step.momentum, weight = step.weight, decay = step.decay, step_size = step.step_size;
-  float* const m = step.momenta + at;
-  float* const d = step.deltas + at;
+  float* __restrict const p = preconditioners;
+  float* __restrict const m = step.momenta + at;
+  float* __restrict const d = step.deltas + at;
   if (step.second_moment != nullptr) {
+    const float* __restrict const v = step.second_moment + at;
     const float root_scale = step.root_scale, eps = step.eps;
     for (int64_t i = 0; i < size; ++i) {
-      preconditioners[i] = (1.0f / (__builtin_sqrtf(step.second_moment[at + i]) * root_scale + eps)) * step_size;
+      p[i] = (1.0f / (__builtin_sqrtf(v[i]) * root_scale + eps)) * step_size;
     }
   } else {
     for (int64_t i = 0; i < size; ++i) {
-      preconditioners[i] = step_size;
+      p[i] = step_size;
     }
   }
   if (step.gradient != nullptr) {
+    const float* __restrict const g = step.gradient + at;
     for (int64_t i = 0; i < size; ++i) {
-      m[i] = m[i] * momentum + step.gradient[at + i] * weight;
+      m[i] = m[i] * momentum + g[i] * weight;
     }
   } else {
     for (int64_t i = 0; i < size; ++i) {
@@ -34,7 +37,7 @@ GRADKERN_INLINE void shadow_elements(const ShadowStep& step, int64_t at, int64_t
     }
   }
   for (int64_t i = 0; i < size; ++i) {
-    d[i] = d[i] * decay - preconditioners[i] * m[i];
+    d[i] = d[i] * decay - p[i] * m[i];
   }
 }
 
@@ -42,8 +45,8 @@ GRADKERN_INLINE void shadow_elements(const ShadowStep& step, int64_t at, int64_t
 // scratch: two rows, and one for every level of pairs.
 inline void shadow_matrix(const ShadowStep& step) {
   const int64_t columns = step.columns;
-  float* const inverse = step.scratch;
-  float* const sums = inverse + columns;
+  float* __restrict const inverse = step.scratch;
+  float* __restrict const sums = inverse + columns;
   float* const levels = sums + columns;
   const auto width = static_cast<float>(columns), height = static_cast<float>(step.rows);
   for (int64_t row = 0; row < step.rows; ++row) {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gradkern.errors import LedgerError
+from gradkern.ops._registry import backend_for
 from gradkern.rollback._curvature import measure_bends
 from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._ownership import OwnedLayer, Ownership
+from gradkern.rollback._packing import Block, Shape, packing_of, unpack
 from gradkern.rollback._records import EmbeddingRecord, MatrixRecord, Record, VectorRecord
 from gradkern.rollback._reduce import reduce_matrix, reduce_vector
 from gradkern.rollback._shadows import Shadows
@@ -25,7 +28,8 @@ class Visits:
     Attributes:
         ids: The sample ids of each micro-batch.
         states: Of each, the state of torch's generator before it; empty where those are not kept.
-        records: ``(stream, record)``; a record's ``visit`` counts from the first row of ``ids``.
+        blocks: Records that are packed; a record's ``visit`` counts from the first row of ``ids``.
+        records: ``(stream, record)``, likewise.
         comparisons: ``(stream, comparison)`` for the samples that are compared exactly.
         bends: Numbers of visits, and what :func:`~gradkern.rollback._curvature.measure_bends` found for them.
     """
@@ -36,6 +40,8 @@ class Visits:
     comparisons: list[tuple[int, Comparison]] = field(default_factory=list)
     bends: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    blocks: list[Block] = field(default_factory=list)
+
     @property
     def count(self) -> int:
         """Number of visits."""
@@ -43,7 +49,28 @@ class Visits:
 
     def nbytes(self) -> int:
         """Bytes of all records."""
-        return sum(record.nbytes() for _, record in self.records)
+        packed = sum(block.content.nbytes for block in self.blocks)
+        return packed + sum(record.nbytes() for _, record in self.records)
+
+
+@dataclass(slots=True)
+class _Matrix:
+    """What a layer handed over of a matrix."""
+
+    layer: OwnedLayer
+    shape: Shape
+    rows: Tensor
+    columns: Tensor
+    weight_grad: Tensor
+    bias_grad: Tensor | None
+
+
+# Bytes of factors and gradients that may wait for the end of a backward pass. Small layers are reduced faster together;
+# large ones should not be kept.
+_MOST_WAITING = 1 << 18
+
+# Of csrc/rollback_ops.cpp, beside 1: the sum is overwritten.
+_HAS_BIAS, _OVERWRITE_BIAS = 2, 4
 
 
 class Intake:
@@ -80,6 +107,10 @@ class Intake:
         self._numbers: Tensor | None = None
         self._compare = False
         self._visits = Visits()
+        self._waiting: list[_Matrix] = []
+        self._waiting_bytes = 0
+        self._is_called_back = False
+        self._device = ownership.parameters[0].device if ownership.parameters else torch.device("cpu")
 
     @property
     def active(self) -> bool:
@@ -103,6 +134,7 @@ class Intake:
 
     def end(self) -> None:
         """Attribute nothing any more."""
+        self._reduce_waiting()  # what a backward pass left that did not end
         self._ids = None
 
     def take(self) -> Visits:
@@ -144,22 +176,106 @@ class Intake:
             if bias_grad is not None:
                 self.take_bias(layer, rows, bias_grad)
             return
-        rows, columns = self._per_sample(layer, rows), self._per_sample(layer, columns)
-        self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
-        left, left_scale, right, right_scale = reduce_matrix(rows, columns, self._starts[layer.weight])
         visit = self._visit_numbers(layer)
-        record = MatrixRecord(visit, left, left_scale, right, right_scale)
-        self._visits.records.append((layer.weight, record))
-        if self._compare:
-            self._visits.comparisons.append((layer.weight, Comparison.of(record, rows, columns)))
-        if bias_grad is None or layer.bias is None:
+        matrix = _Matrix(
+            layer=layer,
+            shape=Shape(
+                stream=layer.weight,
+                bias_stream=-1 if bias_grad is None or layer.bias is None else layer.bias,
+                tokens=self._tokens(layer, rows),
+                rank=len(self._starts[layer.weight]),
+                height=rows.shape[-1],
+                width=columns.shape[-1],
+            ),
+            rows=rows,
+            columns=columns,
+            weight_grad=weight_grad,
+            bias_grad=bias_grad,
+        )
+        if self._backend() != "native":
+            self._add_matrix(visit, matrix)
             return
-        self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
-        if rows.shape[1] == 1:
-            # The gradient of the bias is the left factor.
-            self._add_vector(layer.bias, VectorRecord(visit, left.squeeze(1), left_scale.squeeze(1)), rows)
-        else:
-            self._add_vector(layer.bias, VectorRecord(visit, *reduce_vector(rows)), rows)
+        if not self._waiting and not self._is_called_back:
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce_waiting)
+            self._is_called_back = True
+        self._waiting.append(matrix)
+        self._waiting_bytes += rows.nbytes + columns.nbytes + weight_grad.nbytes
+        if self._waiting_bytes > _MOST_WAITING:
+            self._reduce_all()
+
+    def _add_matrix(self, visit: Tensor, matrix: _Matrix) -> None:
+        """By torch, record by record."""
+        layer, shape = matrix.layer, matrix.shape
+        rows, columns = self._per_sample(layer, matrix.rows), self._per_sample(layer, matrix.columns)
+        self._shadows.add_gradient(self._streams[shape.stream].parameter, matrix.weight_grad)
+        record = MatrixRecord(visit, *reduce_matrix(rows, columns, self._starts[shape.stream]))
+        self._visits.records.append((shape.stream, record))
+        if self._compare:
+            self._visits.comparisons.append((shape.stream, Comparison.of(record, rows, columns)))
+        if matrix.bias_grad is not None and shape.bias_stream >= 0:
+            self._shadows.add_gradient(self._streams[shape.bias_stream].parameter, matrix.bias_grad)
+            self._add_vector(shape.bias_stream, VectorRecord(visit, *reduce_vector(rows)), rows)
+
+    def _reduce_waiting(self) -> None:
+        """At the end of a backward pass."""
+        self._is_called_back = False
+        self._reduce_all()
+
+    @torch.no_grad()
+    def _reduce_all(self) -> None:
+        """Reduce all matrices that wait, in one call."""
+        if not self._waiting:
+            return
+        matrices, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        visit = self._visit_numbers(matrices[0].layer)
+        packing = packing_of(len(visit), tuple(matrix.shape for matrix in matrices))
+        content = torch.empty(packing.nbytes, dtype=torch.uint8)
+        rows = [matrix.rows.contiguous() for matrix in matrices]
+        columns = [matrix.columns.contiguous() for matrix in matrices]
+        weight_grads = [matrix.weight_grad.contiguous() for matrix in matrices]
+        weight_sums, bias_grads, bias_sums, flags = [], [], [], []
+        for matrix, weight_grad in zip(matrices, weight_grads, strict=True):
+            shape = matrix.shape
+            weight_sum, is_fresh = self._shadows.to_add_to(self._streams[shape.stream].parameter)
+            bias_grad, bias_sum, flag = weight_grad, weight_sum, int(is_fresh)
+            if matrix.bias_grad is not None and shape.bias_stream >= 0:
+                bias_sum, is_fresh = self._shadows.to_add_to(self._streams[shape.bias_stream].parameter)
+                bias_grad, flag = matrix.bias_grad.contiguous(), flag | _HAS_BIAS | (_OVERWRITE_BIAS * is_fresh)
+            weight_sums.append(weight_sum)
+            bias_grads.append(bias_grad)
+            bias_sums.append(bias_sum)
+            flags.append(flag)
+        torch.ops.gradkern._record_matrices_(
+            rows,
+            columns,
+            [self._starts[matrix.shape.stream] for matrix in matrices],
+            weight_grads,
+            weight_sums,
+            bias_grads,
+            bias_sums,
+            flags,
+            packing.offsets,
+            packing.samples,
+            content,
+        )
+        block = Block(packing, visit, content)
+        self._visits.blocks.append(block)
+        if self._compare:
+            self._compare_block(block, matrices)
+
+    def _compare_block(self, block: Block, matrices: Sequence[_Matrix]) -> None:
+        by_stream = dict(unpack([block]))
+        for matrix in matrices:
+            shape, rows = matrix.shape, self._per_sample(matrix.layer, matrix.rows)
+            columns = self._per_sample(matrix.layer, matrix.columns)
+            weight = Comparison.of(by_stream[shape.stream], rows, columns)
+            self._visits.comparisons.append((shape.stream, weight))
+            if shape.bias_stream >= 0:
+                bias = Comparison.of(by_stream[shape.bias_stream], rows)
+                self._visits.comparisons.append((shape.bias_stream, bias))
+
+    def _backend(self) -> str:
+        return backend_for("record", self._device)
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
@@ -226,14 +342,17 @@ class Intake:
 
     def _per_sample(self, layer: OwnedLayer, tensor: Tensor) -> Tensor:
         """View ``(B, ..., N)`` or sample-major ``(B * T, N)`` as ``(B, T, N)``."""
+        tokens = self._tokens(layer, tensor)
+        return tensor.reshape(-1, tokens, tensor.shape[-1])
+
+    def _tokens(self, layer: OwnedLayer, tensor: Tensor) -> int:
+        """How many rows every sample has, of ``(B, ..., N)`` or sample-major ``(B * T, N)``."""
         samples = len(self._require_ids(layer))
         leading = tensor.shape[:-1]
-        if len(leading) == 1 and leading[0] == samples:
-            return tensor.unsqueeze(1)
         if len(leading) == 1 and leading[0] > 0 and leading[0] % samples == 0:
-            return tensor.reshape(samples, -1, tensor.shape[-1])
+            return leading[0] // samples
         if len(leading) > 1 and leading[0] == samples:
-            return tensor.reshape(samples, -1, tensor.shape[-1])
+            return leading[1:].numel()
         raise LedgerError(
             f"record: layer {layer.name!r} saw rows of shape {tuple(leading)} for {samples} sample ids; "
             f"expected the first dimension to be the {samples} samples, or one dimension of a multiple of "

@@ -20,6 +20,7 @@ from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
 from gradkern.rollback._intake import Intake, Visits
 from gradkern.rollback._ownership import claim
+from gradkern.rollback._packing import unpack
 from gradkern.rollback._replay_log import StepLog, describe_options, digest_model
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import StepRecord
@@ -355,6 +356,7 @@ class Recorder:
         step = StepRecord(
             ids=torch.cat(visits.ids) if visits.ids else torch.empty(0, dtype=torch.int64),
             bends=visits.bends,
+            blocks=visits.blocks,
             records=[(stream, record.cpu()) for stream, record in visits.records],
             comparisons=visits.comparisons,
             scalars=torch.tensor(scalars, dtype=torch.float64),
@@ -416,7 +418,8 @@ class Recorder:
         self._shadows.drop_gradients()
         ids = torch.cat(visits.ids)
         where = "a gradient"
-        for stream, record in visits.records:
+        unpacked = [each for block in visits.blocks for each in unpack([block])]
+        for stream, record in [*unpacked, *visits.records]:
             for scale in record.scales():
                 bad = record.visit[~torch.isfinite(scale).reshape(len(record.visit), -1).all(dim=1).cpu()]
                 if len(bad):
@@ -430,21 +433,22 @@ class Recorder:
 
     def _require_captured(self, updates: Sequence[tuple[int, ParamStep]]) -> None:
         """Compare what was captured with the gradient that the optimizer saw, while both are there."""
-        for index, update in updates:
-            grad = update.param.grad
-            if grad is None or not self._layout.parameters[index].owned:
-                continue
+        infos = self._layout.parameters
+        gradients = {
+            index: update.param.grad
+            for index, update in updates
+            if update.param.grad is not None and infos[index].owned
+        }
+        for index, missing, norm in self._shadows.missing(gradients) if gradients else ():
             waiting = self._shadows.waiting(index)
-            missing = grad if waiting is None else grad - waiting
-            if waiting is not None and not bool(torch.isfinite(waiting).all()):
-                continue  # that is told by itself
-            if not float(missing.norm()) <= 1e-3 * float(grad.norm()) + 1e-6:
-                raise LedgerError(
-                    f"record: the gradient of {self._layout.parameters[index].name!r} at this step is not what the "
-                    f"recorded batches gave it (difference {float(missing.norm()):.3g} of {float(grad.norm()):.3g}). "
-                    f"Clip with the optimizer's max_norm= rather than by editing gradients, run every backward inside "
-                    f"recorder.batch(ids), and call recorder.discard() when gradients are cleared without a step"
-                )
+            if missing <= 1e-3 * norm + 1e-6 or (waiting is not None and not bool(torch.isfinite(waiting).all())):
+                continue  # what is not finite is told by itself
+            raise LedgerError(
+                f"record: the gradient of {infos[index].name!r} at this step is not what the recorded batches gave it "
+                f"(difference {missing:.3g} of {norm:.3g}). Clip with the optimizer's max_norm= rather than by editing "
+                f"gradients, run every backward inside recorder.batch(ids), and call recorder.discard() when gradients "
+                f"are cleared without a step"
+            )
 
     def _open_store(self, path: Path, rank: int, resume: Mapping[str, Any] | None) -> StoreWriter:
         settings = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from gradkern.errors import LedgerError
 from gradkern.rollback._curvature import curvature_weights
 from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._layout import Layout
+from gradkern.rollback._packing import Block, Packing, unpack
 from gradkern.rollback._records import RECORD_TYPES, Record
 from gradkern.rollback._replay_log import ReplayLog, StepLog
 from gradkern.rollback._sharing import share_equal, unshare
@@ -41,7 +43,8 @@ class StepRecord:
     Attributes:
         ids: Shape ``(visits,)``, int64: the sample id of every visit.
         bends: Numbers of visits, and what :func:`~gradkern.rollback._curvature.measure_bends` found for them.
-        records: ``(stream, record)``; ``visit`` counts from the first of ``ids``.
+        blocks: Records that are packed; ``visit`` counts from the first of ``ids``.
+        records: ``(stream, record)``; likewise.
         comparisons: ``(stream, comparison)``.
         scalars: Shape ``(parameters, 5)``, fp64, in the order of :class:`StepScalars`; NaN where the step left a
             parameter alone.
@@ -51,6 +54,7 @@ class StepRecord:
 
     ids: torch.Tensor
     bends: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    blocks: Sequence[Block]
     records: Sequence[tuple[int, Record]]
     comparisons: Sequence[tuple[int, Comparison]]
     scalars: torch.Tensor
@@ -60,7 +64,8 @@ class StepRecord:
     def nbytes(self) -> int:
         """Bytes of all records, preconditioners and states."""
         log = 0 if self.log is None else self.log.nbytes()
-        return sum(record.nbytes() for _, record in self.records) + self.smoothed.nbytes + log
+        packed = sum(block.content.nbytes for block in self.blocks)
+        return packed + sum(record.nbytes() for _, record in self.records) + self.smoothed.nbytes + log
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class Segment:
             visit_bounds=bounds,
             scalars=torch.stack([step.scalars for step in steps]),
             preconditioners=_split_smoothed(layout, steps),
-            records=_join_records(layout, bounds.tolist(), [step.records for step in steps]),
+            records=_join_records(layout, *_unpacked(bounds.tolist(), steps)),
             fidelity=_measured(steps),
             log=_all_or_none(ReplayLog.build, [step.log for step in steps]),
         )
@@ -206,6 +211,24 @@ def _unknown(visit_ids: torch.Tensor) -> torch.Tensor:
 
 
 _PRECONDITIONER_FIELDS: Mapping[int, tuple[str, ...]] = {1: ("values",), 2: ("rows", "columns")}
+
+
+def _unpacked(
+    bounds: Sequence[int], steps: Sequence[StepRecord]
+) -> tuple[list[int], list[Iterable[tuple[int, Record]]]]:
+    """The records of all steps as parts, and the first visit of each part: blocks of one packing in one part."""
+    blocks = [
+        block._replace(visit=block.visit + first)
+        for first, step in zip(bounds, steps, strict=False)
+        for block in step.blocks
+    ]
+    parts: list[Iterable[tuple[int, Record]]] = [unpack(list(run)) for _, run in groupby(blocks, key=_packing)]
+    firsts = [0] * len(parts) + list(bounds[: len(steps)])
+    return firsts, parts + [step.records for step in steps]
+
+
+def _packing(block: Block) -> Packing:
+    return block.packing
 
 
 def _join_records(

@@ -62,6 +62,7 @@ class Shadows:
             }
             for _ in range(3)
         )
+        self._device = parameters[self._owned[0]].device if self._owned else torch.device("cpu")
         self._smoothed_size = sum(sum(smoothed_sizes(parameters[index].shape)) for index in self._owned)
         self._fresh: set[int] = set()
         self.decays = [1.0] * len(infos)
@@ -85,20 +86,36 @@ class Shadows:
 
     def add_gradient(self, index: int, gradient: Tensor) -> None:
         """Add captured gradient, of the parameter's shape, to what waits for the next step."""
-        waiting = self._gradients[index]
-        if gradient.shape != waiting.shape:
-            gradient = gradient.view_as(waiting)
-        if index in self._fresh:
-            self._fresh.remove(index)
-            waiting.copy_(gradient)
+        waiting, is_fresh = self.to_add_to(index)
+        (waiting.copy_ if is_fresh else waiting.add_)(gradient.view_as(waiting))
+
+    def to_add_to(self, index: int) -> tuple[Tensor, bool]:
+        """The sum to add captured gradient to, and whether that is to overwrite it, as it is no longer afterwards."""
+        is_fresh = index in self._fresh
+        self._fresh.discard(index)
+        return self._gradients[index], is_fresh
+
+    def missing(self, gradients: Mapping[int, Tensor]) -> list[tuple[int, float, float]]:
+        """How far the optimizer's gradients are from what was captured: index, norm of the difference, norm."""
+        captured = [
+            torch.zeros_like(self._gradients[index]) if index in self._fresh else self._gradients[index]
+            for index in gradients
+        ]
+        dense = [gradient.detach().float().contiguous() for gradient in gradients.values()]
+        if backend_for("record", self._device) == "native":
+            squares = torch.empty(len(dense), 2, dtype=torch.float64)
+            torch.ops.gradkern._compare_gradients_(captured, dense, squares)
         else:
-            waiting.add_(gradient)
+            pairs = [(theirs.double(), ours.double()) for theirs, ours in zip(dense, captured, strict=True)]
+            squares = torch.stack(
+                [torch.stack([(theirs - ours).square().sum(), theirs.square().sum()]) for theirs, ours in pairs]
+            )
+        return [(index, *row) for index, row in zip(gradients, squares.sqrt().tolist(), strict=True)]
 
     def add_gradient_rows(self, index: int, rows: Tensor, values: Tensor) -> None:
         """Add captured gradient of some rows: ``rows`` of shape ``(n,)``, ``values`` ``(n, columns)``."""
-        waiting = self._gradients[index]
-        if index in self._fresh:
-            self._fresh.remove(index)
+        waiting, is_fresh = self.to_add_to(index)
+        if is_fresh:
             waiting.zero_()
         waiting.index_add_(0, rows, values)
 
@@ -119,8 +136,7 @@ class Shadows:
         """
         by_index = {each.parameter: each for each in applied}
         taking_part = [by_index.get(index) for index in self._owned]
-        device = self._gradients[self._owned[0]].device if self._owned else torch.device("cpu")
-        if backend_for("record", device) == "native":
+        if backend_for("record", self._device) == "native":
             smoothed = self._step_natively(taking_part)
         else:
             smoothed = self._step_by_torch(taking_part)
