@@ -58,7 +58,7 @@ def record(
     path: str | os.PathLike[str],
     *,
     rank: int = 2,
-    steps_per_segment: int = 10,
+    steps_per_segment: int | None = None,
     unowned: Sequence[str] = (),
     shared_inputs: Sequence[str] = (),
     output: str | None = None,
@@ -80,7 +80,8 @@ def record(
         rank: Directions kept of a sample's gradient of a matrix. A sample with at most ``rank`` rows (tokens)
             is kept exactly. Bytes per visit grow with it.
         steps_per_segment: Optimizer steps per file, written while the next ones are recorded; where writing is slower
-            than training, training waits. A crash loses at most twice so many steps.
+            than training, training waits. A crash loses at most twice so many steps. None for as many as make a
+            megabyte, at least 10 and at most 1,000.
         unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as BatchNorm's.
         shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
             a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.
@@ -123,7 +124,7 @@ def record(
         ...     loss_fn(model(inputs), targets).backward()
     """
     for name, value in (("rank", rank), ("steps_per_segment", steps_per_segment)):
-        if operator.index(value) < 1:
+        if value is not None and operator.index(value) < 1:
             raise ValueError(f"record: {name} must be at least 1, got {value}")
     if on_write_error not in ("raise", "stop"):
         raise ValueError(f"record: on_write_error must be 'raise' or 'stop', got {on_write_error!r}")
@@ -165,7 +166,7 @@ class Recorder:
         optimizer: RecordableOptimizer,
         path: Path,
         rank: int,
-        steps_per_segment: int,
+        steps_per_segment: int | None,
         unowned: Sequence[str],
         shared_inputs: Sequence[str],
         output: str | None,

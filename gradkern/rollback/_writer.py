@@ -18,6 +18,9 @@ __all__ = ["Writer"]
 # How often the bytes of a segment are in memory while it is written: as steps, as tensors of all steps, as a file.
 _WRITING = 3
 
+# Of a file, where nobody says how many steps it takes: small models make steps faster than a disk makes files durable.
+_FULL_BYTES, _LEAST_STEPS, _MOST_STEPS = 1 << 20, 10, 1000
+
 
 class _Job(NamedTuple):
     """Steps that were handed to the thread; the first has the number ``first_step``."""
@@ -34,13 +37,14 @@ class Writer:
     Args:
         store: Where to; it says which step comes next.
         layout: Of the records.
-        steps_per_segment: Steps in a file, but the last before :meth:`flush`.
+        steps_per_segment: Steps in a file, but the last before :meth:`flush`; None for as many as make a megabyte, at
+            least 10 and at most 1,000.
 
     Attributes:
         most_bytes: The most that steps have taken so far, with the copies of a segment that are made to write it.
     """
 
-    def __init__(self, store: StoreWriter, layout: Layout, steps_per_segment: int) -> None:
+    def __init__(self, store: StoreWriter, layout: Layout, steps_per_segment: int | None) -> None:
         self._store = store
         self._layout = layout
         self._steps_per_segment = steps_per_segment
@@ -68,7 +72,7 @@ class Writer:
             OSError, sqlite3.Error: The one before could not be written. Its steps and these are kept and are written
                 with the next.
         """
-        if len(self._waiting) >= self._steps_per_segment:
+        if self._is_full():
             self._hand_over()
 
     def flush(self) -> None:
@@ -84,6 +88,12 @@ class Writer:
     def close(self) -> None:
         """End the thread, after what it is doing; steps that were not handed to it are forgotten."""
         self._executor.shutdown()
+
+    def _is_full(self) -> bool:
+        if self._steps_per_segment is not None:
+            return len(self._waiting) >= self._steps_per_segment
+        enough = _LEAST_STEPS if self._waiting_bytes >= _FULL_BYTES else _MOST_STEPS
+        return len(self._waiting) >= enough
 
     def _hand_over(self) -> None:
         self._finish_job()
