@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -24,8 +24,7 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["ParamStep", "StepEvent", "StepEventSource"]
 
 
-@dataclass(frozen=True, slots=True)
-class ParamStep:
+class ParamStep(NamedTuple):
     """What a step did to one parameter.
 
     All factors are the values really applied: those that the update computes with in fp32 are fp32 values (held

@@ -75,17 +75,18 @@ class _AdamStep(FusedStepMixin):
         scalars_at = cache(lambda step: adamw_scalars(numbers, 1.0, step, variant))
         for param, count, second_moment in zip(bucket.params, bucket.steps, moments, strict=True):
             _, decay, grad_weight, _, _, inv_bias2_sqrt, eps, step_size = scalars_at(int(count))
+            # By position: this runs for every parameter at every step.
             yield ParamStep(
-                param=param,
-                grad_multiplier=multiplier,
-                decay=decay,
-                momentum=1.0 - grad_weight,
-                grad_weight=grad_weight,
-                lr=lr,
-                step_size=step_size,
-                second_moment=second_moment,
-                root_scale=inv_bias2_sqrt,
-                eps=eps,
+                param,
+                multiplier,
+                decay,
+                1.0 - grad_weight,
+                grad_weight,
+                lr,
+                step_size,
+                second_moment,
+                inv_bias2_sqrt,
+                eps,
             )
 
 

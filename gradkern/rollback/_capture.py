@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +149,7 @@ def _watch(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
     name = "" if node is None else node.name()
     if name not in _PRODUCTS:
         return False
-    saved, is_transposed = _PRODUCTS[name], layer.kind is LayerKind.CONV1D
-    module: Any = layer.module
-    weight, bias, shape = module.weight, module.bias, output.shape
+    saved, is_transposed, shape = _PRODUCTS[name], layer.kind is LayerKind.CONV1D, output.shape
 
     def take(input_grads: Sequence[Tensor | None], output_grads: Sequence[Tensor]) -> None:
         weight_grad = input_grads[-1]
@@ -162,26 +160,28 @@ def _watch(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
                 f"record: a gradient reached layer {layer.name!r} that is to be differentiated again "
                 f"(create_graph=True); what such a gradient does to the parameters cannot be told apart by sample"
             )
-        grad, input = output_grads[0], getattr(node, saved)
+        # Asked for here: a hook that held its own node would be a cycle, and keep the graph until garbage is collected.
+        grad, input = output_grads[0], getattr(torch._C._current_autograd_node(), saved)
         if len(shape) > 2:
             grad, input = grad.view(shape), input.view(*shape[:-1], -1)
-        bias_grad = None if bias is None else input_grads[0]
+        bias_grad = input_grads[0] if saved == "_saved_mat1" else None
         if is_transposed:
             sink.take_matrix(layer, input, grad, weight_grad)
             if bias_grad is not None:
                 sink.take_bias(layer, grad, bias_grad)
             return
         if layer.is_output:
-            sink.take_logits(layer, F.linear(input, weight, bias), grad)
+            module: Any = layer.module
+            sink.take_logits(layer, F.linear(input, module.weight, module.bias), grad)
         sink.take_matrix(layer, grad, input, weight_grad.t(), bias_grad)
 
     node.register_hook(take)
     return True
 
 
-def _can_watch(module: Any) -> bool:
+def _can_watch(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether all parameters of a layer are trained, and its node is the first to unpack what it saves."""
-    trained = all(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None)
+    trained = weight.requires_grad and (bias is None or bias.requires_grad)
     is_plain = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     return trained and is_plain and torch._C._functorch.peek_interpreter_stack() is None
 
@@ -392,18 +392,20 @@ def _factors(ctx: Any, input: Tensor, weight: Tensor) -> tuple[Tensor | None, Te
 
 def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     _forbid_autocast(layer, input)
-    module: Any = layer.module
-    if _can_watch(module):
-        output = F.linear(input, module.weight, module.bias)
+    # Not through nn.Module's attributes, which take longer than all else here.
+    parameters = layer.module._parameters
+    weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
+    if _can_watch(weight, bias):
+        output = F.linear(input, weight, bias)
         if _watch(layer, sink, output):
             return output
-    return _apply(_Linear, input, module.weight, module.bias, layer, sink)
+    return _apply(_Linear, input, weight, bias, layer, sink)
 
 
 def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:
     _forbid_autocast(layer, x)
     module: Any = layer.module
-    if _can_watch(module):
+    if _can_watch(module.weight, module.bias):
         output: Tensor = type(module).forward(module, x)
         if _watch(layer, sink, output):
             return output

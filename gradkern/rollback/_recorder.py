@@ -34,6 +34,9 @@ __all__ = ["RecordableOptimizer", "Recorder", "record"]
 # Every so many steps the first sample of each micro-batch is compared exactly with its compressed record.
 _COMPARE_EVERY = 8
 
+# The scalars of a parameter that a step left alone.
+_LEFT_ALONE = (math.nan,) * 5
+
 # Of what state_dict() gives.
 _STATE = {"ledger_id", "steps", "optimizer_steps", "parameter_digest", "scale", "sums"}
 
@@ -351,16 +354,16 @@ class Recorder:
         smoothed = self._shadows.step(applied)
         if smoothed is None:
             raise self._not_finite(visits)
-        scalars = [[math.nan] * 5] * len(self._parameters)
+        scalars = [_LEFT_ALONE] * len(self._parameters)
         for index, update, multiplier in applied:
-            scalars[index] = [update.lr, update.decay, update.momentum, update.grad_weight, multiplier]
+            scalars[index] = (update.lr, update.decay, update.momentum, update.grad_weight, multiplier)
         step = StepRecord(
             ids=torch.cat(visits.ids) if visits.ids else torch.empty(0, dtype=torch.int64),
             bends=visits.bends,
             blocks=visits.blocks,
             records=[(stream, record.cpu()) for stream, record in visits.records],
             comparisons=visits.comparisons,
-            scalars=torch.tensor(scalars, dtype=torch.float64),
+            scalars=scalars,
             smoothed=smoothed,
             log=self._log(visits),
         )

@@ -46,8 +46,7 @@ class StepRecord:
         blocks: Records that are packed; ``visit`` counts from the first of ``ids``.
         records: ``(stream, record)``; likewise.
         comparisons: ``(stream, comparison)``.
-        scalars: Shape ``(parameters, 5)``, fp64, in the order of :class:`StepScalars`; NaN where the step left a
-            parameter alone.
+        scalars: Of every parameter five, in the order of :class:`StepScalars`; NaN where the step left it alone.
         smoothed: The smoothed preconditioners, see :meth:`gradkern.rollback._shadows.Shadows.step`.
         log: What replaying needs; None where the run cannot be.
     """
@@ -57,7 +56,7 @@ class StepRecord:
     blocks: Sequence[Block]
     records: Sequence[tuple[int, Record]]
     comparisons: Sequence[tuple[int, Comparison]]
-    scalars: torch.Tensor
+    scalars: Sequence[tuple[float, ...]]
     smoothed: torch.Tensor
     log: StepLog | None = None
 
@@ -103,12 +102,13 @@ class Segment:
     def build(cls, layout: Layout, steps: Sequence[StepRecord]) -> Segment:
         """Join the records of consecutive steps; all tensors end in host memory."""
         bounds = torch.tensor([0] + [len(step.ids) for step in steps]).cumsum(0)
+        scalars = torch.tensor([step.scalars for step in steps], dtype=torch.float64)
         return cls(
             visit_ids=torch.cat([step.ids for step in steps]),
             curvature=_curvature(bounds.tolist(), steps),
             visit_bounds=bounds,
-            scalars=torch.stack([step.scalars for step in steps]),
-            preconditioners=_split_smoothed(layout, steps),
+            scalars=scalars,
+            preconditioners=_split_smoothed(layout, scalars, steps),
             records=_join_records(layout, *_unpacked(bounds.tolist(), steps)),
             fidelity=_measured(steps),
             log=_all_or_none(ReplayLog.build, [step.log for step in steps]),
@@ -269,10 +269,12 @@ def _measured(steps: Sequence[StepRecord]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
 
 
-def _split_smoothed(layout: Layout, steps: Sequence[StepRecord]) -> dict[int, tuple[torch.Tensor, ...]]:
+def _split_smoothed(
+    layout: Layout, scalars: torch.Tensor, steps: Sequence[StepRecord]
+) -> dict[int, tuple[torch.Tensor, ...]]:
     """By parameter, of those that took part in any of the steps."""
     all_of = torch.stack([step.smoothed for step in steps])
-    took_part = torch.stack([~step.scalars[:, 0].isnan() for step in steps]).any(dim=0).tolist()
+    took_part = (~scalars[:, :, 0].isnan()).any(dim=0).tolist()
     split: dict[int, tuple[torch.Tensor, ...]] = {}
     start = 0
     for index, info in enumerate(layout.parameters):

@@ -7,6 +7,7 @@ leaves the smoothed preconditioner, for which the second moment is read anyway.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,10 @@ __all__ = ["Applied", "Shadows"]
 # by what the other elements' sums are like, and Adam enlarges it along with what is left. Partial sums of n terms are
 # like the sum, and their n roundings add up at random to some sqrt(n / 3): of thousands of tokens one by one, so many.
 _SUM_ROUNDING = 32 * 2.0**-24
+
+
+# The numbers of a parameter that a step left alone.
+_LEFT_ALONE = (math.nan,) * 10
 
 
 class Applied(NamedTuple):
@@ -62,6 +67,7 @@ class Shadows:
             }
             for _ in range(3)
         )
+        self._in_order = [list(buffers.values()) for buffers in (self._gradients, self._momenta, self._deltas)]
         self._device = parameters[self._owned[0]].device if self._owned else torch.device("cpu")
         self._smoothed_size = sum(sum(smoothed_sizes(parameters[index].shape)) for index in self._owned)
         self._fresh: set[int] = set()
@@ -147,34 +153,25 @@ class Shadows:
         return smoothed
 
     def _step_natively(self, taking_part: Sequence[Applied | None]) -> Tensor | None:
-        rows: list[float] = []
+        numbers = array("d")
         second_moments: list[Tensor] = []
         for index, each in zip(self._owned, taking_part, strict=True):
-            moment = None if each is None else each.update.second_moment
+            moment = None
             if each is None:
-                rows += [math.nan] * 10
+                numbers.extend(_LEFT_ALONE)
             else:
-                update = each.update
-                rows += (
-                    update.lr,
-                    update.decay,
-                    update.momentum,
-                    update.grad_weight,
-                    each.multiplier,
-                    update.step_size,
-                    update.root_scale,
-                    update.eps,
-                    float(index not in self._fresh),
-                    float(moment is not None),
-                )
-            second_moments.append(self._momenta[index] if moment is None else moment.detach().float())
+                _, _, decay, momentum, grad_weight, lr, step_size, moment, root_scale, eps = each.update
+                has_gradient, has_moment = float(index not in self._fresh), float(moment is not None)
+                numbers.extend((lr, decay, momentum, grad_weight, each.multiplier))
+                numbers.extend((step_size, root_scale, eps, has_gradient, has_moment))
+            if moment is None:
+                moment = self._momenta[index]
+            second_moments.append(moment if moment.dtype == torch.float32 else moment.float())
         smoothed = torch.zeros(self._smoothed_size, dtype=torch.bfloat16)
         is_finite = torch.ops.gradkern._shadow_step_(
-            list(self._gradients.values()),
-            list(self._momenta.values()),
-            list(self._deltas.values()),
+            *self._in_order,
             second_moments,
-            torch.tensor(rows, dtype=torch.float64),
+            torch.frombuffer(numbers, dtype=torch.float64),
             self._roundings,
             smoothed,
             _SUM_ROUNDING,
