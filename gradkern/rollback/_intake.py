@@ -176,7 +176,7 @@ class Intake:
             if bias_grad is not None:
                 self.take_bias(layer, rows, bias_grad)
             return
-        visit = self._visit_numbers(layer)
+        self._visit_numbers(layer)
         matrix = _Matrix(
             layer=layer,
             shape=Shape(
@@ -192,9 +192,6 @@ class Intake:
             weight_grad=weight_grad,
             bias_grad=bias_grad,
         )
-        if self._backend() != "native":
-            self._add_matrix(visit, matrix)
-            return
         if not self._waiting and not self._is_called_back:
             torch.autograd.Variable._execution_engine.queue_callback(self._reduce_waiting)
             self._is_called_back = True
@@ -223,11 +220,19 @@ class Intake:
 
     @torch.no_grad()
     def _reduce_all(self) -> None:
-        """Reduce all matrices that wait, in one call."""
+        """Reduce all matrices that wait."""
         if not self._waiting:
             return
         matrices, self._waiting, self._waiting_bytes = self._waiting, [], 0
         visit = self._visit_numbers(matrices[0].layer)
+        if backend_for("record", self._device) == "native":
+            self._add_block(visit, matrices)
+            return
+        for matrix in matrices:
+            self._add_matrix(visit, matrix)
+
+    def _add_block(self, visit: Tensor, matrices: Sequence[_Matrix]) -> None:
+        """In one native call."""
         packing = packing_of(len(visit), tuple(matrix.shape for matrix in matrices))
         content = torch.empty(packing.nbytes, dtype=torch.uint8)
         rows = [matrix.rows.contiguous() for matrix in matrices]
@@ -273,9 +278,6 @@ class Intake:
             if shape.bias_stream >= 0:
                 bias = Comparison.of(by_stream[shape.bias_stream], rows)
                 self._visits.comparisons.append((shape.bias_stream, bias))
-
-    def _backend(self) -> str:
-        return backend_for("record", self._device)
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
