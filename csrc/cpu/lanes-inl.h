@@ -17,18 +17,51 @@ GRADKERN_INLINE T fold_lanes(T* lanes) {
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-inline float lanes_dot(const float* a, const float* b, int64_t size) {
-  alignas(64) float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += a[i + lane] * b[i + lane];
+// The products of `size` elements in half of the lanes, from `at` on, as vectors that stay in registers.
+template <int kRows>
+GRADKERN_INLINE void half_lanes(const float* const* a, const float* b, int64_t size, int64_t at,
+                                float (*lanes)[kLanes]) {
+  constexpr int64_t kHalf = kLanes / 2, kVectors = kHalf / F32::kLanes;
+  F32 sums[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      sums[r][v] = F32::all(0.0f);
     }
   }
-  for (int64_t lane = 0; i + lane < size; ++lane) {
-    lanes[lane] += a[i + lane] * b[i + lane];
+  int64_t i = at;
+  for (; i + kHalf <= size; i += kLanes) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const F32 x = F32::load(b + i + v * F32::kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][v] = sums[r][v] + F32::load(a[r] + i + v * F32::kLanes) * x;
+      }
+    }
   }
-  return fold_lanes(lanes);
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      sums[r][v].store(lanes[r] + at + v * F32::kLanes);
+    }
+    for (int64_t lane = 0; i + lane < size && lane < kHalf; ++lane) {
+      lanes[r][at + lane] += a[r][i + lane] * b[i + lane];
+    }
+  }
+}
+
+// Inner products of several rows with one.
+template <int kRows>
+inline void lanes_dots(const float* const* a, const float* b, int64_t size, float* to) {
+  alignas(64) float lanes[kRows][kLanes];
+  half_lanes<kRows>(a, b, size, 0, lanes);
+  half_lanes<kRows>(a, b, size, kLanes / 2, lanes);
+  for (int r = 0; r < kRows; ++r) {
+    to[r] = fold_lanes(lanes[r]);
+  }
+}
+
+inline float lanes_dot(const float* a, const float* b, int64_t size) {
+  float found;
+  lanes_dots<1>(&a, b, size, &found);
+  return found;
 }
 
 // Products of two floats are exact in double.

@@ -50,8 +50,17 @@ inline void orthonormalise_rows(float* rows, int64_t count, int64_t width, float
 inline void dot_rows(const float* directions, int64_t rank, const float* rows, int64_t count, int64_t width,
                      float* to) {
   for (int64_t row = 0; row < count; ++row) {
-    for (int64_t k = 0; k < rank; ++k) {
-      to[k * count + row] = lanes_dot(directions + k * width, rows + row * width, width);
+    const float* x = rows + row * width;
+    int64_t k = 0;
+    for (; k + 2 <= rank; k += 2) {
+      const float* pair[2] = {directions + k * width, directions + (k + 1) * width};
+      float found[2];
+      lanes_dots<2>(pair, x, width, found);
+      to[k * count + row] = found[0];
+      to[(k + 1) * count + row] = found[1];
+    }
+    if (k < rank) {
+      to[k * count + row] = lanes_dot(directions + k * width, x, width);
     }
   }
 }
