@@ -115,6 +115,7 @@ class Ledger:
         loss_fn: LossFn | None = None,
         estimator: str | None = None,
         mode: str = "run",
+        replay: Replay | None = None,
     ) -> list[Influence]:
         """Name the training samples that lowered a query's loss most.
 
@@ -126,7 +127,10 @@ class Ledger:
             loss_fn: ``(output, target) -> scalar``; any scalar function of the output works.
             estimator: ``"ref"``: what the sample's own recorded steps did and how later steps reacted to it, by the
                 reweighted empirical Fisher matrix of their samples; for losses that are a cross-entropy.
-                ``"direct"``: without the reaction. None takes ``"ref"``, and for ``mode="run"`` with a warning
+                ``"direct"``: without the reaction. ``"gauss_newton"``: as ``"ref"``, with the reaction by the
+                Gauss-Newton matrix of every batch's loss, for any loss, at the price of running the training again.
+                ``"metagradient"``: the exact derivative of the query's loss by the weight that each of the sample's
+                rows had in the losses of the run, by running the training again; of Adam, AdamW and SGD. None takes ``"ref"``, and for ``mode="run"`` with a warning
                 ``"direct"`` where the ledger lacks what ``"ref"`` needs.
             mode: ``"run"``: what would have become of this very run, same order and same start. ``"expected"``: of
                 runs like it on average, by half of the reaction; ``"ref"`` alone.
@@ -135,11 +139,15 @@ class Ledger:
             At most ``k`` influences, the most helpful first.
 
         Raises:
-            ValueError: ``k`` is below 1, there is no such ``estimator`` or ``mode``, or the loss depends on no recorded
-                parameter.
-            LedgerError: ``model`` is another model or has other parameter values, a file is damaged, or the ledger
-                lacks what the estimator that was asked for needs.
-            UnstableInfluenceError: Influence grew on its way back to the first step; what ``"ref"`` found is noise.
+            ValueError: ``k`` is below 1, there is no such ``estimator`` or ``mode``, ``replay`` is missing or given in
+                vain, or the loss depends on no recorded parameter.
+            TypeError: For ``replay``: the model returns neither a tensor nor ``.logits``.
+            LedgerError: ``model`` is another model or has other parameter values, a file is damaged, the ledger
+                lacks what the estimator that was asked for needs, ``replay`` gives other parameters than were recorded,
+                or the run is one that ``"metagradient"`` cannot differentiate (another optimizer or clip policy, buffers
+                that training changes, a loss that is no sum over the rows of the batch).
+            UnstableInfluenceError: Influence grew on its way back to the first step; what ``"ref"`` or
+                ``"gauss_newton"`` found is noise. Or a ``"metagradient"`` is not finite.
 
         Numerics:
             fp32 sums over the parameters in host memory, fp64 over steps. The preconditioner is smoothed to rows and
@@ -147,7 +155,7 @@ class Ledger:
         """
         if k < 1:
             raise ValueError(f"explain: k must be at least 1, got {k}")
-        found = self._score(model, [query], loss_fn, estimator, mode)
+        found = self._score(model, [query], loss_fn, estimator, mode, replay)
         # Stable: of equal scores the smaller id comes first, whatever k is.
         scores, positions = found.scores[0].sort(descending=True, stable=True)
         best = zip(found.ids[positions[:k]].tolist(), scores[:k].tolist(), strict=True)
@@ -161,6 +169,7 @@ class Ledger:
         loss_fn: LossFn | None = None,
         estimator: str | None = None,
         mode: str = "run",
+        replay: Replay | None = None,
     ) -> Scores:
         """Score every recorded sample; arguments and errors as for :meth:`explain`.
 
@@ -173,21 +182,28 @@ class Ledger:
             loss_fn: See there.
             estimator: See there.
             mode: See there.
+            replay: See there.
         """
         if not isinstance(query, list):
-            found = self._score(model, [query], loss_fn, estimator, mode)
+            found = self._score(model, [query], loss_fn, estimator, mode, replay)
             return Scores(found.ids, found.scores[0])
         if not query:
             raise ValueError("scores: the list of queries is empty, expected at least one batch")
-        return self._score(model, query, loss_fn, estimator, mode)
+        return self._score(model, query, loss_fn, estimator, mode, replay)
 
     def _score(
-        self, model: nn.Module, queries: list[Batch], loss_fn: LossFn | None, estimator: str | None, mode: str
+        self,
+        model: nn.Module,
+        queries: list[Batch],
+        loss_fn: LossFn | None,
+        estimator: str | None,
+        mode: str,
+        replay: Replay | None,
     ) -> Scores:
         """One call below :meth:`explain` and :meth:`scores` alike, so that warnings point at the user's line."""
-        require_estimator("ref" if estimator is None else estimator, mode)
+        require_estimator("ref" if estimator is None else estimator, mode, replay)
         self._require_recorded_values(self._layout.trained_parameters(model))
-        return score(self._store, model, queries, loss_fn, estimator, mode)
+        return score(self._store, model, queries, loss_fn, estimator, mode, replay)
 
     def undo(
         self,
@@ -240,7 +256,7 @@ class Ledger:
         if method == "exact":
             if replay is None:
                 raise ValueError("undo: method='exact' trains again and needs replay=Replay(fetch, make_optimizer)")
-            replayer = Replayer(self._store, model, replay)
+            replayer = Replayer(self._store, model, replay, otherwise="method='fast'")
             told = progress or _untold
             replayer.check(lambda step, total: told(step, 2 * total))
             return Undone(replayer.train(forgotten, lambda step, total: told(total + step, 2 * total)), "exact")
