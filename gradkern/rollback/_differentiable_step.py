@@ -1,8 +1,8 @@
 """An optimizer's step as a function of parameters, state and gradients that can be differentiated.
 
-The rules are the references of :mod:`gradkern.ops`, the very arithmetic of the steps. The clip coefficient is a function
-of all gradients. The root of a second moment has no derivative at zero; there, where a gradient has been zero ever since
-the first step, it is taken to be flat.
+The rules are the references of :mod:`gradkern.ops`, the very arithmetic of the steps. The clip coefficient is a
+function of all gradients. The root of a second moment has no derivative at zero; there, where a gradient has been zero
+ever since the first step, it is taken to be flat.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gradkern.ops.adamw_step.reference import AMSGRAD, adamw_scalars, adamw_upda
 from gradkern.ops.sgd_step.reference import MOMENTUM, sgd_scalars, sgd_update
 from gradkern.step_event import StepEvent
 
-__all__ = ["DifferentiableStep", "States"]
+__all__ = ["DifferentiableStep", "States", "require_same_step"]
 
 States = Mapping[str, Mapping[str, Tensor]]
 """What an optimizer keeps, by parameter and by its name for it."""
@@ -150,7 +150,7 @@ def require_same_step(
         LedgerError: It is another one.
     """
     for name, parameter in made.items():
-        far = float((end[name] - start[name]).double().norm())
+        far = float((end[name] - start[name].detach()).double().norm())
         off = float((parameter.detach() - end[name]).double().norm())
         if not off <= _STEP_ERROR * far + _ROUNDING * float(end[name].double().norm()):
             raise LedgerError(

@@ -61,25 +61,15 @@ def score(
     """
     asked_for = "ref" if estimator is None else estimator
     require_estimator(asked_for, mode, replay)
-    layout = store.layout
-    trained = dict(enumerate(layout.trained_parameters(model)))
     if replay is not None:
         replayer = Replayer(store, model, replay, otherwise="estimator='ref' or 'direct'")
-        if asked_for == "metagradient":
-            gradients = _stacked_gradients(model, trained, queries, loss_fn)
-            named = {layout.parameters[index].name: each for index, each in gradients.items()}
-            return Scores(*metagradient(model, named, replayer))
-        gradients = _stacked_gradients(model, layout.owned(tuple(trained.values())), queries, loss_fn)
-        following = GaussNewton(layout, Trajectory(replayer))
-        found = sweep(layout, gradients, read_segments(store, backwards=True), following)
-        _require_fading(found.growth, asked_for)
-        return Scores(found.ids, found.scores)
-    gradients = _stacked_gradients(model, layout.owned(tuple(trained.values())), queries, loss_fn)
+        return _score_by_replay(store, model, queries, loss_fn, asked_for, replayer)
+    layout = store.layout
+    gradients = _stacked_gradients(model, layout.owned(layout.trained_parameters(model)), queries, loss_fn)
     share = _CURVATURE[asked_for, mode]
+    curvature = EmpiricalFisher(share) if share else None
     try:
-        found = sweep(
-            layout, gradients, read_segments(store, backwards=True), EmpiricalFisher(share) if share else None
-        )
+        found = sweep(layout, gradients, read_segments(store, backwards=True), curvature)
     except NoCurvatureError as error:
         if estimator is not None or mode != "run":
             raise
@@ -107,6 +97,27 @@ def require_estimator(estimator: str, mode: str, replay: Replay | None) -> None:
             f"estimator={estimator!r} does not run the training again, got replay=; leave it away, or ask for "
             f"estimator='gauss_newton' or 'metagradient'"
         )
+
+
+def _score_by_replay(
+    store: StoreReader,
+    model: nn.Module,
+    queries: list[Batch],
+    loss_fn: LossFn | None,
+    estimator: str,
+    replayer: Replayer,
+) -> Scores:
+    layout = store.layout
+    trained = layout.trained_parameters(model)
+    if estimator == "metagradient":
+        gradients = _stacked_gradients(model, dict(enumerate(trained)), queries, loss_fn)
+        named = {layout.parameters[index].name: each for index, each in gradients.items()}
+        return Scores(*metagradient(model, named, replayer))
+    gradients = _stacked_gradients(model, layout.owned(trained), queries, loss_fn)
+    curvature = GaussNewton(layout, Trajectory(replayer))
+    found = sweep(layout, gradients, read_segments(store, backwards=True), curvature)
+    _require_fading(found.growth, estimator)
+    return Scores(found.ids, found.scores)
 
 
 def _stacked_gradients(

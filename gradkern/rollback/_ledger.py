@@ -128,12 +128,14 @@ class Ledger:
             estimator: ``"ref"``: what the sample's own recorded steps did and how later steps reacted to it, by the
                 reweighted empirical Fisher matrix of their samples; for losses that are a cross-entropy.
                 ``"direct"``: without the reaction. ``"gauss_newton"``: as ``"ref"``, with the reaction by the
-                Gauss-Newton matrix of every batch's loss, for any loss, at the price of running the training again.
-                ``"metagradient"``: the exact derivative of the query's loss by the weight that each of the sample's
-                rows had in the losses of the run, by running the training again; of Adam, AdamW and SGD. None takes ``"ref"``, and for ``mode="run"`` with a warning
-                ``"direct"`` where the ledger lacks what ``"ref"`` needs.
+                Gauss-Newton matrix of every batch's loss, for any loss, by running the training again.
+                ``"metagradient"``: the exact derivative of the query's loss by the weights that the sample's rows had
+                in the losses of the run, by running the training again; of Adam, AdamW and SGD. None takes ``"ref"``,
+                and for ``mode="run"`` with a warning ``"direct"`` where the ledger lacks what ``"ref"`` needs.
             mode: ``"run"``: what would have become of this very run, same order and same start. ``"expected"``: of
                 runs like it on average, by half of the reaction; ``"ref"`` alone.
+            replay: For ``"gauss_newton"`` and ``"metagradient"``, and for no other: how to train, of a ledger recorded
+                with ``replayable=True``.
 
         Returns:
             At most ``k`` influences, the most helpful first.
@@ -144,8 +146,9 @@ class Ledger:
             TypeError: For ``replay``: the model returns neither a tensor nor ``.logits``.
             LedgerError: ``model`` is another model or has other parameter values, a file is damaged, the ledger
                 lacks what the estimator that was asked for needs, ``replay`` gives other parameters than were recorded,
-                or the run is one that ``"metagradient"`` cannot differentiate (another optimizer or clip policy, buffers
-                that training changes, a loss that is no sum over the rows of the batch).
+                the loss of the run does not come from the model's output alone, or the run is one that
+                ``"metagradient"`` cannot differentiate (another optimizer or clip policy, buffers that training
+                changed, a loss that is no sum over samples).
             UnstableInfluenceError: Influence grew on its way back to the first step; what ``"ref"`` or
                 ``"gauss_newton"`` found is noise. Or a ``"metagradient"`` is not finite.
 
@@ -174,7 +177,9 @@ class Ledger:
         """Score every recorded sample; arguments and errors as for :meth:`explain`.
 
         Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
-        recorded parameter's size for each query; the time is mostly that of reading where queries are few.
+        recorded parameter's size for each query; the time is mostly that of reading where queries are few. With
+        ``replay`` the training is run once before that, or twice where what its steps started from takes more than
+        256 MiB, of which then about twice the square root of their number are held.
 
         Args:
             model: See there; likewise what follows.

@@ -1,17 +1,17 @@
-"""The exact derivative of a query's loss by the weight of every row in the training, backwards through all of its steps.
+"""The exact derivative of a query's loss by the weight of every row in training, backwards through all of its steps.
 
 Let the loss of a micro-batch of ``B`` samples be ``Σ_i w_i l_i`` with ``w_i = 1``, where ``l_i`` is what the rows of
 sample ``i`` in the model's output add to it: ``loss / B`` for a mean. A sample's score is minus the derivative of the
 query's loss, at the end of the training, by all of its weights: how much the loss would rise, to first order, with the
-sample's terms gone and those of the others as they were (a mean is not taken anew over the rest). Source: Ilyas and Engstrom,
-"MAGIC: near-optimal data attribution for deep learning", arXiv 2504.16430; the derivative is that of the recorded run,
-through momenta, second moments, bias corrections, decay and clipping.
+sample's terms gone and those of the others as they were (a mean is not taken anew over the rest). Source: Ilyas and
+Engstrom, "MAGIC: near-optimal data attribution for deep learning", arXiv 2504.16430. The derivative is that of the
+recorded run, through momenta, second moments, bias corrections, decay and clipping.
 
 ``λ`` by parameters and ``ν`` by the optimizer's state are carried back through each step, which is a function of
-parameters, state and gradients (:mod:`gradkern.rollback._differentiable_step`): one product with its transposed Jacobian
-matrix for all queries at once also gives ``u``, by the gradient ``G``. As ``G = Jᵀ (w ⊙ r)`` with the output's Jacobian
-matrix ``J`` and ``r`` the loss's gradient by the output, one more product gives what ``u`` adds to ``λ`` (the Hessian
-matrix times ``u``) and, by ``w``, to the scores.
+parameters, state and gradients (:mod:`gradkern.rollback._differentiable_step`): one product with its transposed
+Jacobian matrix for all queries at once also gives ``u``, by the gradient ``G``. As ``G = Jᵀ (w ⊙ r)`` with the output's
+Jacobian matrix ``J`` and ``r`` the loss's gradient by the output, one more product gives what ``u`` adds to ``λ`` (the
+Hessian matrix times ``u``) and, by ``w``, to the scores.
 
 In fp32, as training was: the recursion is linear in ``λ`` and ``ν`` and follows a trajectory that is given, so that
 rounding is not amplified by more than influence itself is.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gradkern.errors import LedgerError, UnstableInfluenceError
 from gradkern.rollback._differentiable_step import DifferentiableStep, require_same_step
-from gradkern.rollback._output import losses_and_outputs, product, require_output_decides
+from gradkern.rollback._output import losses_and_outputs, pull, require_output_decides
 from gradkern.rollback._replay import Replayer
 from gradkern.rollback._sweep import collect_scores, norms
 from gradkern.rollback._trajectory import StepStart, Trajectory
@@ -102,6 +102,8 @@ class _Metagradient:
     def _through_step(self, start: StepStart, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Go back through the optimizer's step; what the queries gain by its gradients, by parameter."""
         gradients = _batch_gradients(start, parameters)
+        if not gradients:
+            return {}
         stepped = {name: parameters[name].detach().requires_grad_() for name in gradients}
         groups = start.step.log.options["groups"]
         leaves = self._step.leaves(groups, stepped, start.state)
@@ -112,12 +114,12 @@ class _Metagradient:
         gains = [self._of_parameters[name] for name in after]
         gains += [self._of_state(name, key, states_after[name][key]) for name, key in keys]
         inputs = [*stepped.values(), *(leaves[name][key] for name, key in keys), *gradients.values()]
-        found = iter(product(outputs, inputs, gains, keep=False))
+        found = iter(pull(outputs, inputs, gains, keep=False))
         for name in stepped:
-            self._of_parameters[name] = _present(next(found))
+            self._of_parameters[name] = next(found)
         for name, key in keys:
-            self._of_states[name, key] = _present(next(found))
-        return {name: _present(next(found)) for name in gradients}
+            self._of_states[name, key] = next(found)
+        return {name: next(found) for name in gradients}
 
     def _of_state(self, name: str, key: str, like: Tensor) -> Tensor:
         """``ν`` of one state; zero at first, for no query depends on the state that training ended with."""
@@ -146,13 +148,12 @@ class _Metagradient:
             pairs = [
                 (each, directions[name]) for name, each in zip(parameters, pulled, strict=True) if each is not None
             ]
-            *by_parameter, by_weight = product(
+            *by_parameter, by_weight = pull(
                 [each for each, _ in pairs], [*parameters.values(), weights], [along for _, along in pairs], keep=False
             )
             for name, gain in zip(parameters, by_parameter, strict=True):
-                if gain is not None:
-                    self._of_parameters[name] += gain
-            parts.append((ids, -_present(by_weight).double()))
+                self._of_parameters[name] += gain
+            parts.append((ids, -by_weight.double()))
         return parts
 
 
@@ -176,8 +177,8 @@ def _spread(of_samples: Tensor, output: Tensor) -> Tensor:
     samples = len(of_samples)
     if output.dim() == 0 or output.shape[0] == 0 or output.shape[0] % samples:
         raise LedgerError(
-            f"the model's output has shape {tuple(output.shape)} for {samples} samples, expected one row for each or as "
-            f"many for each, those of the first sample first; estimator='metagradient' cannot tell whose they are: use "
+            f"the model's output has shape {tuple(output.shape)} for {samples} samples, expected equally many rows for "
+            f"each, those of the first sample first; estimator='metagradient' cannot tell whose they are: use "
             f"estimator='gauss_newton'"
         )
     return of_samples.repeat_interleave(output.shape[0] // samples).reshape(-1, *[1] * (output.dim() - 1))
@@ -193,9 +194,7 @@ def _require_sum_over_rows(residual: Tensor, output: Tensor, samples: int) -> No
     numbers = torch.arange(samples)
     halves = [_spread((numbers >> bit & 1).float(), output) for bit in range((samples - 1).bit_length())]
     probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-    (bent,) = product([residual], [output], [torch.stack([half * probe for half in halves])], keep=True)
-    if bent is None:
-        return
+    (bent,) = pull([residual], [output], [torch.stack([half * probe for half in halves])], keep=True)
     between = torch.stack([((1.0 - half) * each).abs().max() for half, each in zip(halves, bent, strict=True)])
     if not bool((between <= _MOST_BETWEEN_ROWS * bent.abs().max()).all()):
         raise LedgerError(
@@ -203,10 +202,3 @@ def _require_sum_over_rows(residual: Tensor, output: Tensor, samples: int) -> No
             "different samples is not zero), so that no sample has a weight of its own in it, as "
             "estimator='metagradient' takes for granted; use estimator='gauss_newton'"
         )
-
-
-def _present(found: Tensor | None) -> Tensor:
-    """What is never missing: every input of a step, and every weight, is used."""
-    if found is None:
-        raise AssertionError
-    return found

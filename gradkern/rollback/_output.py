@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gradkern.errors import LedgerError
 from gradkern.rollback._trajectory import StepStart
 
-__all__ = ["losses_and_outputs", "output_tensor", "product", "require_output_decides"]
+__all__ = ["losses_and_outputs", "output_tensor", "pull", "push", "require_output_decides"]
 
 # Relative difference of two ways to the same gradient, in fp32.
 _MISFIT = 1e-3
@@ -35,7 +35,7 @@ def output_tensor(made: Any, caller: str) -> Tensor:
 def losses_and_outputs(start: StepStart, caller: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Loss and output of every micro-batch of a step, in one graph that can be differentiated twice.
 
-    The model runs as it did then. Attention alone takes the formula that has second derivatives, whose last bits differ.
+    The model runs as it did then. Attention alone takes the formula that has second derivatives, with other last bits.
     """
     seen: list[Any] = []
 
@@ -51,10 +51,10 @@ def losses_and_outputs(start: StepStart, caller: str) -> Iterator[tuple[Tensor, 
         handle.remove()
 
 
-def product(
+def pull(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor], *, keep: bool
-) -> list[Tensor | None]:
-    """Products of many directions with the transposed Jacobian matrix of ``outputs`` by ``inputs``.
+) -> list[Tensor]:
+    """Products of the transposed Jacobian matrix of ``outputs`` by ``inputs`` with many directions at once.
 
     Args:
         outputs: With a graph.
@@ -63,12 +63,43 @@ def product(
         keep: The graph, for another product.
 
     Returns:
-        One for each of ``inputs``, shape ``(functions, *input)``; None where no output depends on it.
+        One for each of ``inputs``, shape ``(functions, *input)``; zeros where no output depends on it.
     """
     found = torch.autograd.grad(
         outputs, inputs, directions, is_grads_batched=True, retain_graph=keep, allow_unused=True
     )
-    return list(found)
+    functions = len(directions[0])
+    return [
+        each.new_zeros(functions, *each.shape) if product is None else product
+        for each, product in zip(inputs, found, strict=True)
+    ]
+
+
+def push(output: Tensor, inputs: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
+    """Products of the Jacobian matrix of ``output`` by ``inputs`` with many directions at once; keeps the graph.
+
+    As the derivative by ``v`` of ``Jᵀ v``, which is linear in it. Forward mode would run the model within a transform;
+    this needs no more of it than two derivatives.
+
+    Args:
+        output: With a graph, or without one where it depends on nothing.
+        inputs: Tensors of that graph.
+        directions: One for each of ``inputs``, shape ``(functions, *input)``.
+
+    Returns:
+        Shape ``(functions, *output)``; zeros where the output depends on no input, or has no slope by any.
+    """
+    if output.requires_grad:
+        cotangent = torch.zeros_like(output, requires_grad=True)
+        pulled = torch.autograd.grad(output, inputs, cotangent, create_graph=True, allow_unused=True)
+        pairs = [
+            (each, along)
+            for each, along in zip(pulled, directions, strict=True)
+            if each is not None and each.requires_grad
+        ]
+        if pairs:
+            return pull([each for each, _ in pairs], [cotangent], [along for _, along in pairs], keep=True)[0]
+    return output.new_zeros(len(directions[0]), *output.shape)
 
 
 def require_output_decides(loss: Tensor, output: Tensor, parameters: Sequence[Tensor]) -> None:

@@ -8,10 +8,10 @@ and ``μ`` what it gains by one of ``M_t``. From the last step to the first,
 
 for the gradient that a step used was taken at the parameters before it, and its change there is ``H_t`` times theirs.
 
-Estimators differ in ``H``. ``direct`` takes ``H = 0``: what each sample's own steps did, and not how later ones reacted.
-``ref`` takes the reweighted empirical Fisher matrix ``H_t = Σ_i w_i g_i g_iᵀ`` over the samples of the step, of which the
-records hold all there is; the weights are those of :mod:`gradkern.rollback._curvature`. ``gauss_newton`` takes the
-Gauss-Newton matrix, see :mod:`gradkern.rollback._gauss_newton`. ``P`` is the smoothed preconditioner.
+Estimators differ in ``H``. ``direct`` takes ``H = 0``: what each sample's own steps did, and not how later ones
+reacted. ``ref`` takes the reweighted empirical Fisher matrix ``H_t = Σ_i w_i g_i g_iᵀ`` over the samples of the step,
+of which the records hold all there is; the weights are those of :mod:`gradkern.rollback._curvature`. ``gauss_newton``
+takes the matrix of that name, see :mod:`gradkern.rollback._gauss_newton`. ``P`` is the smoothed preconditioner.
 """
 
 from __future__ import annotations

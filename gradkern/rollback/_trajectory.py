@@ -84,7 +84,10 @@ class _Snapshot:
     @classmethod
     def of(cls, training: Training) -> _Snapshot:
         tensors = {name: each.detach().clone() for name, each in named_tensors(training.model).items()}
-        return cls(tensors, copy.deepcopy(training.optimizer.state_dict()))
+        saved = training.optimizer.state_dict()
+        # By hand what there is much of: copy.deepcopy takes ten times as long.
+        states = {number: _copied(state) for number, state in saved.pop("state").items()}
+        return cls(tensors, {**copy.deepcopy(saved), "state": states})
 
     def nbytes(self) -> int:
         kept = [each for state in self.optimizer["state"].values() for each in state.values()]
@@ -159,6 +162,10 @@ class Trajectory:
         names = {id(each): name for name, each in self._training.model.named_parameters()}
         trained = [each for group in self._training.optimizer.param_groups for each in group["params"]]
         return {names[id(trained[number])]: dict(state) for number, state in snapshot.optimizer["state"].items()}
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _root(steps: int) -> int:
