@@ -25,7 +25,7 @@ class Replay:
 
     Attributes:
         fetch: Takes sample ids, shape ``(n,)``, int64, and returns the batch of those samples in that order, as the
-            model saw it.
+            model saw it. Asked more than once for the same samples, with torch's generator as it was then.
         make_optimizer: Takes a model and returns the optimizer over it, with the options of the first step.
         loss_fn: As in :func:`gradkern.loss.compute_loss`; a mean over the batch, or whatever was differentiated.
         accumulate: What the loss was divided by before ``backward``.
