@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,13 @@ ESTIMATORS = {
     "gradkern ref": ("ref", "run"),
     "gradkern ref, expected": ("ref", "expected"),
     "gradkern direct": ("direct", "run"),
+    "gradkern gauss_newton": ("gauss_newton", "run"),
+    "gradkern metagradient": ("metagradient", "run"),
 }
+BY_REPLAY = ("gauss_newton", "metagradient")
 
-# Where retraining with other seeds as well takes minutes, not hours.
-TRAK = ("digits, MLP", "breast cancer, MLP")
+# Where it takes minutes, not hours, to retrain with other seeds as well and to run the training again with curvature.
+MLPS = ("digits, MLP", "breast cancer, MLP")
 
 # Samples to forget at once, of 1,000, and how many sets of them a seed.
 FORGOTTEN = (1, 10, 50, 100)
@@ -69,7 +73,7 @@ def _setting(report: Report, case: str, setting: Setting) -> None:
             for system, each in scores.items():
                 value = datamodeling_score(each, kept, losses)
                 found.setdefault((system, f"lds_drop{round(100 * share)}"), []).append(value)
-        if case not in TRAK:
+        if case not in MLPS:
             continue
         kept = _kept(len(setting.inputs), 0.5, seed)
         others = [retrained_losses(setting, 100 * (seed + 1) + other, kept) for other in range(OTHER_SEEDS)]
@@ -84,12 +88,17 @@ def _setting(report: Report, case: str, setting: Setting) -> None:
 def _scores(report: Report, case: str, setting: Setting, seed: int) -> dict[str, Tensor]:
     """Of every estimator, from one recorded run; of the first, what it took."""
     with tempfile.TemporaryDirectory() as folder:
-        model, ledger = record_run(setting, seed, Path(folder) / "ledger")
+        model, ledger = record_run(setting, seed, Path(folder) / "ledger", replayable=case in MLPS)
         queries = setting.queries()
         scores = {}
         for system, (estimator, mode) in ESTIMATORS.items():
+            if estimator in BY_REPLAY and case not in MLPS:
+                continue
+            asked: dict[str, Any] = {"loss_fn": nn.functional.cross_entropy, "estimator": estimator, "mode": mode}
+            if estimator in BY_REPLAY:
+                asked["replay"] = _replay(setting)
             start = time.perf_counter()
-            found = ledger.scores(model, queries, loss_fn=nn.functional.cross_entropy, estimator=estimator, mode=mode)
+            found = ledger.scores(model, queries, **asked)
             seconds = time.perf_counter() - start
             scores[system] = found.scores
             if seed == SEEDS[0]:
@@ -105,7 +114,7 @@ def _scores(report: Report, case: str, setting: Setting, seed: int) -> dict[str,
 
 def _undo(report: Report, case: str, setting: Setting) -> None:
     ratios: dict[int, list[float]] = {count: [] for count in FORGOTTEN}
-    replay = Replay(setting.fetch, setting.make_optimizer, nn.functional.cross_entropy)
+    replay = _replay(setting)
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             model, ledger = record_run(setting, seed, Path(folder) / "ledger", replayable=True)
@@ -123,6 +132,10 @@ def _undo(report: Report, case: str, setting: Setting) -> None:
         report.add(
             case, "gradkern fast", f"undo_{count}_helped", 100 * sum(each < 1 for each in found) / len(found), "%"
         )
+
+
+def _replay(setting: Setting) -> Replay:
+    return Replay(setting.fetch, setting.make_optimizer, nn.functional.cross_entropy)
 
 
 def _divergence(setting: Setting, model: nn.Module, other: nn.Module) -> float:

@@ -115,6 +115,7 @@ class Ledger:
         loss_fn: LossFn | None = None,
         estimator: str | None = None,
         mode: str = "run",
+        replay: Replay | None = None,
     ) -> list[Influence]:
         """Name the training samples that lowered a query's loss most.
 
@@ -126,20 +127,30 @@ class Ledger:
             loss_fn: ``(output, target) -> scalar``; any scalar function of the output works.
             estimator: ``"ref"``: what the sample's own recorded steps did and how later steps reacted to it, by the
                 reweighted empirical Fisher matrix of their samples; for losses that are a cross-entropy.
-                ``"direct"``: without the reaction. None takes ``"ref"``, and for ``mode="run"`` with a warning
-                ``"direct"`` where the ledger lacks what ``"ref"`` needs.
+                ``"direct"``: without the reaction. ``"gauss_newton"``: as ``"ref"``, with the reaction by the
+                Gauss-Newton matrix of every batch's loss, for any loss, by running the training again.
+                ``"metagradient"``: the exact derivative of the query's loss by the weights that the sample's rows had
+                in the losses of the run, by running the training again; of Adam, AdamW and SGD. None takes ``"ref"``,
+                and for ``mode="run"`` with a warning ``"direct"`` where the ledger lacks what ``"ref"`` needs.
             mode: ``"run"``: what would have become of this very run, same order and same start. ``"expected"``: of
                 runs like it on average, by half of the reaction; ``"ref"`` alone.
+            replay: For ``"gauss_newton"`` and ``"metagradient"``, and for no other: how to train, of a ledger recorded
+                with ``replayable=True``.
 
         Returns:
             At most ``k`` influences, the most helpful first.
 
         Raises:
-            ValueError: ``k`` is below 1, there is no such ``estimator`` or ``mode``, or the loss depends on no recorded
-                parameter.
-            LedgerError: ``model`` is another model or has other parameter values, a file is damaged, or the ledger
-                lacks what the estimator that was asked for needs.
-            UnstableInfluenceError: Influence grew on its way back to the first step; what ``"ref"`` found is noise.
+            ValueError: ``k`` is below 1, there is no such ``estimator`` or ``mode``, ``replay`` is missing or given in
+                vain, or the loss depends on no recorded parameter.
+            TypeError: For ``replay``: the model returns neither a tensor nor ``.logits``.
+            LedgerError: ``model`` is another model or has other parameter values, a file is damaged, the ledger
+                lacks what the estimator that was asked for needs, ``replay`` gives other parameters than were recorded,
+                the loss of the run does not come from the model's output alone, or the run is one that
+                ``"metagradient"`` cannot differentiate (another optimizer or clip policy, buffers that training
+                changed, a loss that is no sum over samples).
+            UnstableInfluenceError: Influence grew on its way back to the first step; what ``"ref"`` or
+                ``"gauss_newton"`` found is noise. Or a ``"metagradient"`` is not finite.
 
         Numerics:
             fp32 sums over the parameters in host memory, fp64 over steps. The preconditioner is smoothed to rows and
@@ -147,7 +158,7 @@ class Ledger:
         """
         if k < 1:
             raise ValueError(f"explain: k must be at least 1, got {k}")
-        found = self._score(model, [query], loss_fn, estimator, mode)
+        found = self._score(model, [query], loss_fn, estimator, mode, replay)
         # Stable: of equal scores the smaller id comes first, whatever k is.
         scores, positions = found.scores[0].sort(descending=True, stable=True)
         best = zip(found.ids[positions[:k]].tolist(), scores[:k].tolist(), strict=True)
@@ -161,11 +172,14 @@ class Ledger:
         loss_fn: LossFn | None = None,
         estimator: str | None = None,
         mode: str = "run",
+        replay: Replay | None = None,
     ) -> Scores:
         """Score every recorded sample; arguments and errors as for :meth:`explain`.
 
         Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
-        recorded parameter's size for each query; the time is mostly that of reading where queries are few.
+        recorded parameter's size for each query; the time is mostly that of reading where queries are few. With
+        ``replay`` the training is run once before that, or twice where what its steps started from takes more than
+        256 MiB, of which then about twice the square root of their number are held.
 
         Args:
             model: See there; likewise what follows.
@@ -173,21 +187,28 @@ class Ledger:
             loss_fn: See there.
             estimator: See there.
             mode: See there.
+            replay: See there.
         """
         if not isinstance(query, list):
-            found = self._score(model, [query], loss_fn, estimator, mode)
+            found = self._score(model, [query], loss_fn, estimator, mode, replay)
             return Scores(found.ids, found.scores[0])
         if not query:
             raise ValueError("scores: the list of queries is empty, expected at least one batch")
-        return self._score(model, query, loss_fn, estimator, mode)
+        return self._score(model, query, loss_fn, estimator, mode, replay)
 
     def _score(
-        self, model: nn.Module, queries: list[Batch], loss_fn: LossFn | None, estimator: str | None, mode: str
+        self,
+        model: nn.Module,
+        queries: list[Batch],
+        loss_fn: LossFn | None,
+        estimator: str | None,
+        mode: str,
+        replay: Replay | None,
     ) -> Scores:
         """One call below :meth:`explain` and :meth:`scores` alike, so that warnings point at the user's line."""
-        require_estimator("ref" if estimator is None else estimator, mode)
+        require_estimator("ref" if estimator is None else estimator, mode, replay)
         self._require_recorded_values(self._layout.trained_parameters(model))
-        return score(self._store, model, queries, loss_fn, estimator, mode)
+        return score(self._store, model, queries, loss_fn, estimator, mode, replay)
 
     def undo(
         self,
@@ -240,7 +261,7 @@ class Ledger:
         if method == "exact":
             if replay is None:
                 raise ValueError("undo: method='exact' trains again and needs replay=Replay(fetch, make_optimizer)")
-            replayer = Replayer(self._store, model, replay)
+            replayer = Replayer(self._store, model, replay, otherwise="method='fast'")
             told = progress or _untold
             replayer.check(lambda step, total: told(step, 2 * total))
             return Undone(replayer.train(forgotten, lambda step, total: told(total + step, 2 * total)), "exact")
