@@ -7,7 +7,6 @@ and the one that foretells its retrained losses best (``lds_drop10``) is the one
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -111,19 +110,19 @@ SYSTEMS: dict[str, System] = {
 }
 
 
-@functools.cache
+def _absent(peer: str) -> str | None:
+    return None if interpreter(peer).exists() else "not installed; try `make bench-attribution`"
+
+
 def available() -> dict[str, str | None]:
     """Why each peer cannot run; None where it can be imported."""
     reasons: dict[str, str | None] = {}
     for peer in dict.fromkeys(system.peer for system in SYSTEMS.values()):
-        if not interpreter(peer).exists():
-            reasons[peer] = "not installed; try `make bench-attribution`"
-            continue
-        module = f"bench.attribution_peers.{peer}"
-        found = subprocess.run(
-            [interpreter(peer), "-c", f"import {module}"], cwd=_ROOT, capture_output=True, text=True, check=False
-        )
-        reasons[peer] = None if found.returncode == 0 else _last_line(found.stderr)
+        reasons[peer] = _absent(peer)
+        if reasons[peer] is None:
+            command = [interpreter(peer), "-c", f"import bench.attribution_peers.{peer}"]
+            found = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+            reasons[peer] = None if found.returncode == 0 else _last_line(found.stderr)
     return reasons
 
 
@@ -276,9 +275,10 @@ def _run_all(setting: Setting, seed: int, tried: Iterable[tuple[str, Mapping[str
     tried = list(tried)
     outcomes: list[Tensor | str] = [""] * len(tried)
     job = make_job(setting, seed, ())
-    for peer, reason in available().items():
+    for peer in dict.fromkeys(SYSTEMS[system].peer for system, _ in tried):
         places = [i for i, (system, _) in enumerate(tried) if SYSTEMS[system].peer == peer]
         job.trials = [Trial(SYSTEMS[tried[i][0]].method, tried[i][1]) for i in places]
+        reason = _absent(peer)
         found = run_trials(_command(peer), job) if reason is None else [reason] * len(places)
         for i, outcome in zip(places, found, strict=True):
             outcomes[i] = outcome

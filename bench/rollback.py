@@ -1,9 +1,10 @@
 """How well influence foretells retraining, how well samples are taken back, and what recording takes.
 
-Each setting of ``bench.influence`` is recorded with three seeds. ``lds_drop1``, ``10`` and ``50`` are the datamodeling
-scores for the recorded run itself with that share of its samples left out, ``trak50`` (of the MLPs) the one for half of
-the samples and the mean loss over runs with other seeds. Of every score there is the mean over recorded seeds and half
-the width of the 95 % interval of that mean (Student's t).
+Each setting of ``bench.influence`` is recorded with three seeds. Other packages' estimators (``bench.attribution``)
+score the same runs as ours and are judged by the same retrained losses. ``lds_drop1``, ``10`` and ``50`` are the
+datamodeling scores for the recorded run itself with that share of its samples left out, ``trak50`` (of the MLPs) the
+one for half of the samples and the mean loss over runs with other seeds. Of every score there is the mean over recorded
+seeds and half the width of the 95 % interval of that mean (Student's t).
 
 ``undo_*``: of random sets of samples of a recorded run, ``KL(trained without || fast)`` over ``KL(trained without ||
 untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
@@ -87,6 +88,8 @@ def _setting(report: Report, case: str, setting: Setting) -> None:
             found.setdefault((system, "trak50"), []).append(datamodeling_score(each, kept, mean_loss))
     for (system, metric), values in found.items():
         report.add(case, system, metric, statistics.fmean(values), "")
+        if len(values) < len(SEEDS):  # a peer failed on some, which was said
+            continue
         report.add(case, system, f"{metric}_interval", _T * statistics.stdev(values) / math.sqrt(len(values)), "")
 
 

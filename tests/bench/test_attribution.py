@@ -155,7 +155,7 @@ def fake_peers(monkeypatch, tmp_path):
         "absent dots": System("absent", "dots", trials),
     }
     monkeypatch.setattr(attribution, "SYSTEMS", systems)
-    monkeypatch.setattr(attribution, "available", lambda: {"fake": None, "absent": "not installed"})
+    monkeypatch.setattr(attribution, "_absent", {"fake": None, "absent": "not installed"}.__getitem__)
     monkeypatch.setattr(attribution, "_command", lambda name: peer(tmp_path, DOTS))
 
 
@@ -199,10 +199,6 @@ def test_every_system_has_six_trials_and_a_pinned_peer_with_a_module():
 
 def test_a_peer_that_is_not_installed_says_how(monkeypatch, tmp_path):
     monkeypatch.setattr(install, "VENVS", tmp_path)
-    attribution.available.cache_clear()
-    try:
-        reasons = attribution.available()
-    finally:
-        attribution.available.cache_clear()
+    reasons = attribution.available()
     assert set(reasons) == {system.peer for system in SYSTEMS.values()}
     assert set(reasons.values()) == {"not installed; try `make bench-attribution`"}
