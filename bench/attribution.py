@@ -13,7 +13,8 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -273,15 +274,22 @@ def tune(report: Report, case: str, setting: Setting) -> dict[str, Mapping[str, 
 def _run_all(setting: Setting, seed: int, tried: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Tensor | str]:
     """One process for every peer, whatever the number of its trials; in the order of what is tried."""
     tried = list(tried)
-    outcomes: list[Tensor | str] = [""] * len(tried)
     job = make_job(setting, seed, ())
-    for peer in dict.fromkeys(SYSTEMS[system].peer for system, _ in tried):
-        places = [i for i, (system, _) in enumerate(tried) if SYSTEMS[system].peer == peer]
-        job.trials = [Trial(SYSTEMS[tried[i][0]].method, tried[i][1]) for i in places]
+    places: dict[str, list[int]] = defaultdict(list)
+    for i, (system, _) in enumerate(tried):
+        places[SYSTEMS[system].peer].append(i)
+
+    def score(peer: str) -> list[Tensor | str]:
+        trials = [Trial(SYSTEMS[tried[i][0]].method, tried[i][1]) for i in places[peer]]
         reason = _absent(peer)
-        found = run_trials(_command(peer), job) if reason is None else [reason] * len(places)
-        for i, outcome in zip(places, found, strict=True):
-            outcomes[i] = outcome
+        return run_trials(_command(peer), replace(job, trials=trials)) if reason is None else [reason] * len(trials)
+
+    outcomes: list[Tensor | str] = [""] * len(tried)
+    # As many at a time as there are cores: what they take is not measured.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for peer, found in zip(places, pool.map(score, places), strict=True):
+            for i, outcome in zip(places[peer], found, strict=True):
+                outcomes[i] = outcome
     return outcomes
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import attribution
+from bench import attribution, influence
 from bench.attribution import SYSTEMS, System, make_job, run_trials, tune
 from bench.attribution_peers import install
 from bench.attribution_peers.job import Trial, load, save
@@ -154,6 +154,7 @@ def fake_peers(monkeypatch, tmp_path):
         "fake missing": System("fake", "no such method", trials),
         "absent dots": System("absent", "dots", trials),
     }
+    monkeypatch.setattr(influence, "SUBSETS", 20)
     monkeypatch.setattr(attribution, "SYSTEMS", systems)
     monkeypatch.setattr(attribution, "_absent", {"fake": None, "absent": "not installed"}.__getitem__)
     monkeypatch.setattr(attribution, "_command", lambda name: peer(tmp_path, DOTS))
