@@ -178,8 +178,9 @@ class Ledger:
 
         Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
         recorded parameter's size for each query; the time is mostly that of reading where queries are few. With
-        ``replay`` the training is run once before that, or twice where what its steps started from takes more than
-        256 MiB, of which then about twice the square root of their number are held.
+        ``replay`` it is four to seven tensors and the activations of a micro-batch for each query, and the training is
+        run once before that, or twice where what its steps started from takes more than 256 MiB, of which then about
+        twice the square root of their number are held.
 
         Args:
             model: See there; likewise what follows.

@@ -109,15 +109,16 @@ def test_scores_are_what_changed_weights_do(name, tmp_path):
     start = copy.deepcopy(model)
     batches, _, ledger, replay = record(model, make_optimizer, tmp_path / "run")
     found = ledger.scores(model, queries(), loss_fn=F.cross_entropy, estimator="metagradient", replay=replay)
-    expected = torch.empty(2, len(found.ids), dtype=torch.float64)
-    for column, id in enumerate(found.ids.tolist()):
+    some = found.ids[::3].tolist()
+    expected = torch.empty(2, len(some), dtype=torch.float64)
+    for column, id in enumerate(some):
         losses = []
         for change in (-1e-5, 1e-5):
             weights = torch.ones(SAMPLES, dtype=torch.float64)
             weights[id - 100] += change
             losses.append(retrain(start, make_optimizer, batches, weights))
         expected[:, column] = (losses[0] - losses[1]) / 2e-5
-    error = (found.scores - expected).norm(dim=1) / expected.norm(dim=1)
+    error = (found.scores[:, ::3] - expected).norm(dim=1) / expected.norm(dim=1)
     assert bool((error < 1e-4).all()), error
     assert bool((expected > 0).any())
     assert bool((expected < 0).any())
