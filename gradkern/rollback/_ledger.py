@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from gradkern.rollback._conservation import Balance, balance
 from gradkern.rollback._estimators import Scores, require_estimator, score
 from gradkern.rollback._reading import read_segments, recorded_ids
 from gradkern.rollback._replay import Replay, Replayer
+from gradkern.rollback._rewind import State, StatefulOptimizer, choose_step, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._store import StoreReader
@@ -274,6 +276,45 @@ class Ledger:
         changes, growth = propagate(self._layout, owned, read_segments(self._store), forgotten)
         named = {self._layout.parameters[index].name: change for index, change in changes.items()}
         return apply_change(model, named, growth, probe, share)
+
+    def rewind(self, model: nn.Module, optimizer: StatefulOptimizer, *, steps: int) -> dict[str, Any]:
+        """Go back to one of the last steps of a recording that was closed, from the states that it kept.
+
+        The same as :meth:`Recorder.rewind` for a recording that has ended, by an exception say, also in a new process::
+
+            resume = ledger.rewind(model, optimizer, steps=3)
+            recorder = gk.rollback.record(model, optimizer, path, resume=resume)
+
+        The ledger is left as it is; ``record`` takes out what it holds of later steps.
+
+        Args:
+            model: Of the recorded configuration; its trained parameters and its buffers are changed. Parameters that
+                were not trained must be those of the run.
+            optimizer: Made as for the recording; its state is changed, its options are not.
+            steps: How many of the ledger's steps to take back, at most ``rewind`` of ``record``; 0 gives the end.
+
+        Returns:
+            What ``record(..., resume=)`` needs to go on from there.
+
+        Raises:
+            LedgerError: The recording kept no states, or was killed before it could write them, or not that one;
+                ``model`` or ``optimizer`` are not the recorded ones, or a file is damaged. Nothing has been changed
+                then.
+            ValueError: ``steps`` is negative, or the optimizer clips by another policy. Likewise.
+        """
+        parameters = self._layout.trained_parameters(model)
+        named = {info.name: each for info, each in zip(self._layout.parameters, parameters, strict=True)}
+        kept = {entry.end_step: entry for entry in self._store.files if entry.role == "state"}
+        if not kept:
+            raise LedgerError(
+                "rewind: the ledger has no states to go back to: it was recorded without rewind=, or killed before "
+                "close(); load a checkpoint of your own"
+            )
+        wanted = choose_step("rewind", self.steps, steps, list(kept))
+        state = State.from_file(wanted, self._store.load(kept[wanted]))
+        require_restorable(state, optimizer, named)
+        restore(state, model, optimizer, named)
+        return state.resume(self._store.facts.get("ledger_id"), self._layout)
 
     def conservation(self, model: nn.Module) -> Balance:
         """Recompute how well the recorded changes add up to the model's, from the files and the model.

@@ -7,7 +7,7 @@ import operator
 import os
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
+from gradkern.rollback._cut import resume_store
 from gradkern.rollback._intake import Intake, Visits
 from gradkern.rollback._ownership import claim
 from gradkern.rollback._packing import unpack
 from gradkern.rollback._replay_log import StepLog, describe_options, digest_model
+from gradkern.rollback._rewind import States, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import StepRecord
 from gradkern.rollback._shadows import Applied, Shadows
@@ -66,6 +68,7 @@ def record(
     shared_inputs: Sequence[str] = (),
     output: str | None = None,
     replayable: bool = False,
+    rewind: int = 0,
     on_write_error: Literal["raise", "stop"] = "raise",
     resume: Mapping[str, Any] | None = None,
 ) -> Recorder:
@@ -98,6 +101,9 @@ def record(
         replayable: Keep what running the training again needs: the micro-batches, the state of torch's generator before
             each (5 kB where random numbers are drawn), the optimizer's options, the model's buffers at the start.
             For a model on the CPU. Forward must run inside :meth:`Recorder.batch`.
+        rewind: How many steps :meth:`Recorder.rewind` can go back. Takes ``rewind + 1`` times the bytes of parameters,
+            buffers, the optimizer's state and two fp32 tensors of every recorded parameter's size, in host memory, and
+            a copy of all that after every step. :meth:`Recorder.close` writes them to the ledger.
         on_write_error: What a step does when the ledger cannot be written (a full disk): ``"raise"`` the error from
             ``optimizer.step()``, made by then, and keep the records, which are written as soon as that works; or
             ``"stop"`` recording with a warning while training goes on. The ledger stays valid either way.
@@ -115,9 +121,9 @@ def record(
         LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already. With
             ``resume``: ``path`` is not the ledger that it belongs to or lacks steps before it, something records there,
             or the parameters or the optimizer's steps are not those of the checkpoint. Nothing is changed then.
-        ValueError: ``rank`` or ``steps_per_segment`` is below 1; ``on_write_error`` is neither; ``output`` names no
-            recorded Linear; a trained parameter can neither be recorded nor is in ``unowned``; a pattern matches
-            nothing.
+        ValueError: ``rank`` or ``steps_per_segment`` is below 1, ``rewind`` below 0; ``on_write_error`` is neither;
+            ``output`` names no recorded Linear; a trained parameter can neither be recorded nor is in ``unowned``; a
+            pattern matches nothing.
         TypeError: A trained parameter is not fp32, or the optimizer reports no steps.
         ImportError: safetensors is not installed.
 
@@ -126,9 +132,9 @@ def record(
         >>> with recorder.batch(ids):                           # doctest: +SKIP
         ...     loss_fn(model(inputs), targets).backward()
     """
-    for name, value in (("rank", rank), ("steps_per_segment", steps_per_segment)):
-        if value is not None and operator.index(value) < 1:
-            raise ValueError(f"record: {name} must be at least 1, got {value}")
+    for name, value, least in (("rank", rank, 1), ("steps_per_segment", steps_per_segment, 1), ("rewind", rewind, 0)):
+        if value is not None and operator.index(value) < least:
+            raise ValueError(f"record: {name} must be at least {least}, got {value}")
     if on_write_error not in ("raise", "stop"):
         raise ValueError(f"record: on_write_error must be 'raise' or 'stop', got {on_write_error!r}")
     if not hasattr(optimizer, "register_step_event_hook"):
@@ -151,6 +157,7 @@ def record(
         shared_inputs,
         output,
         replayable=replayable,
+        rewind=rewind,
         stops=on_write_error == "stop",
         resume=resume,
     )
@@ -175,6 +182,7 @@ class Recorder:
         output: str | None,
         *,
         replayable: bool,
+        rewind: int,
         stops: bool,
         resume: Mapping[str, Any] | None,
     ) -> None:
@@ -184,6 +192,7 @@ class Recorder:
             raise ValueError(
                 "record: replayable=True needs a model on the CPU; the random numbers of others are not kept"
             )
+        self._model = model
         self._replayed = model if replayable else None
         self._layout = ownership.layout
         self._parameters = ownership.parameters
@@ -199,6 +208,8 @@ class Recorder:
             self._load_state(resume)
         self._require_no_gradients()
         self._is_whole = True
+        self._states = States(model, optimizer, self._named(), rewind) if rewind else None
+        self._keep_state(())
         self._stops = stops
         self._stopped = False
         self._detached = False
@@ -269,7 +280,8 @@ class Recorder:
         Exact for what depends on the model; the records waiting to be written count with the most seen so far, nothing
         before the first step.
         """
-        return self._shadows.nbytes() + self._intake.nbytes() + self._writer.most_bytes
+        states = 0 if self._states is None else self._states.nbytes()
+        return self._shadows.nbytes() + self._intake.nbytes() + self._writer.most_bytes + states
 
     def state_dict(self) -> dict[str, Any]:
         """What ``record(..., resume=)`` needs to go on from a checkpoint.
@@ -311,6 +323,57 @@ class Recorder:
             "sums": self._shadows.state_dict(),
         }
 
+    def rewind(self, *, steps: int) -> int:
+        """Go back some optimizer steps, as after a loss spike: bit for bit, as if they had not been made.
+
+        Parameters, the model's buffers, the optimizer's state with the memory of its clip policy, the recorder and the
+        ledger are as they were after the step gone back to; what is recorded from there on are the bytes of a run that
+        had a checkpoint there. Gradients are dropped, recorded or not. Everything else is the caller's: options such as
+        learning rates stay as they are now, likewise schedulers, gradient scalers, random numbers, the data loader and
+        parameters that this optimizer does not train.
+
+        Args:
+            steps: Recorded steps to take back, at most ``rewind`` of :func:`record`. 0 takes back what has been done to
+                the model since the last of them: a step whose gradients were not finite has been made, but not
+                recorded.
+
+        Returns:
+            How many steps the ledger has now, all of them durable.
+
+        Raises:
+            LedgerError: The recording keeps no states, or not that one; it is closed or has stopped; a batch is open;
+                or the ledger is damaged. Nothing has been changed then.
+            ValueError: ``steps`` is negative, or the optimizer clips by another policy than then. Likewise.
+            OSError, sqlite3.Error: The ledger cannot be written. The model is as before; call again.
+        """
+        if self._states is None:
+            raise LedgerError("recorder.rewind: no states were kept to go back to; record with rewind=, say rewind=5")
+        if self._detached:
+            raise LedgerError(
+                "recorder.rewind: the recorder is closed or has stopped; go back by its ledger, "
+                "gradkern.rollback.open(path).rewind(), or to a checkpoint"
+            )
+        if self._intake.active:
+            raise LedgerError("recorder.rewind: a batch is open; leave 'with recorder.batch(ids)' before going back")
+        state = self._states.before(self._steps, steps)
+        named = self._named()
+        require_restorable(state, self._optimizer, named)
+        self._writer.flush()
+        self._is_whole, was_whole = False, self._is_whole
+        try:
+            self._writer.go_back(state.step)
+        except LedgerError:
+            self._is_whole = was_whole
+            raise
+        restore(state, self._model, self._optimizer, named)
+        self.discard()
+        self._shadows.load_state_dict(state.sums())
+        self._intake.scale = state.facts["scale"]
+        self._states.forget_after(state.step)
+        self._steps = state.step
+        self._is_whole = state.facts["is_whole"]
+        return self._steps
+
     def close(self) -> None:
         """Restore the model, write what is left and complete the ledger. A second call does nothing.
 
@@ -326,7 +389,7 @@ class Recorder:
             deltas = {infos[index].name: delta.cpu() for index, delta in self._shadows.deltas.items()}
             digest = self._layout.digest(self._parameters)
             closing = Closing(tuple(self._shadows.decays), tuple(self._shadows.roundings), digest)
-            self._write(lambda: self._store.commit_closing(deltas, closing))
+            self._write(lambda: self._complete(deltas, closing))
         self._writer.close()
         self._store.close()
         self._closed = True
@@ -370,6 +433,7 @@ class Recorder:
         self._writer.put(step)
         self._steps += 1
         self._is_whole = was_whole
+        self._keep_state(each.parameter for each in applied)
         self._write(self._writer.write_full)
 
     def _log(self, visits: Visits) -> StepLog | None:
@@ -393,6 +457,18 @@ class Recorder:
                 f"{self._store.steps} of {self._steps}. Training goes on",
                 stacklevel=2,
             )
+
+    def _keep_state(self, stepped: Iterable[int]) -> None:
+        """Keep the state after a step that some parameters, by index, took part in."""
+        if self._states is not None:
+            own = {"scale": self._intake.scale, "is_whole": self._is_whole, "sums": self._shadows.state_dict()}
+            self._states.keep(self._steps, [self._layout.parameters[index].name for index in stepped], own)
+
+    def _complete(self, deltas: Mapping[str, Tensor], closing: Closing) -> None:
+        for state in self._states or ():
+            if state.facts["is_whole"]:  # or no recording can go on from it
+                self._store.commit_state(state.step, state.to_file())
+        self._store.commit_closing(deltas, closing)
 
     def _detach(self) -> None:
         """Leave the model and the optimizer as they were."""
@@ -462,7 +538,7 @@ class Recorder:
             "replayable": "0" if self._replayed is None else "1",
         }
         if resume is not None:
-            return StoreWriter.resume(path, self._layout, settings, resume["ledger_id"], self._steps)
+            return resume_store(path, self._layout, settings, resume["ledger_id"], self._steps)
         initial = {name: parameter.detach().cpu() for name, parameter in self._named().items()}
         if self._replayed is not None:
             # Copies, for a file cannot hold buffers that share memory.

@@ -7,7 +7,7 @@ more, written to and read from named tensors, and multiplied with a weight of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import ClassVar
 
@@ -58,6 +58,10 @@ class Record:
         bounds = torch.tensor([first_visit, end_visit], dtype=self.visit.dtype)
         low, high = torch.searchsorted(self.visit, bounds).tolist()
         return type(self)(**{name: tensor[low:high] for name, tensor in self.tensors().items()})
+
+    def narrowed(self) -> Record:
+        """Without columns that are padding in all entries, where that shows."""
+        return self
 
     def cpu(self) -> Record:
         """The same record in host memory; itself if it is there."""
@@ -131,6 +135,11 @@ class EmbeddingRecord(Record):
     left_scale: torch.Tensor
     right: torch.Tensor
     right_scale: torch.Tensor
+
+    def narrowed(self) -> Record:
+        """See :meth:`Record.narrowed`: rows ascend, so that only the first can be row 0 without being padding."""
+        used = 1 + int(self.index.any(dim=0).nonzero().max()) if bool(self.index.any()) else 1
+        return replace(self, index=self.index[:, :used], left=self.left[..., :used])
 
     def inner(self, weights: torch.Tensor) -> torch.Tensor:
         """See :meth:`Record.inner`."""

@@ -22,7 +22,8 @@ from gradkern.rollback._smoothing import smoothed_sizes
 
 __all__ = ["Segment", "StepRecord", "StepScalars"]
 
-_Log = TypeVar("_Log", StepLog, ReplayLog)
+_Part = TypeVar("_Part")
+_Whole = TypeVar("_Whole")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ class Segment:
             :func:`~gradkern.rollback._smoothing.smooth` makes them; zeros where a step left the parameter alone.
         records: By stream.
         fidelity: Shape ``(n, 4)``, fp64: stream, ``‖G‖²``, ``⟨G, R⟩``, ``‖R‖²``.
+        comparisons: Shape ``(steps,)``, int64: how many rows of ``fidelity`` are of each step; None in a ledger written
+            before they were counted.
         log: What replaying needs; None where the run cannot be.
     """
 
@@ -91,6 +94,7 @@ class Segment:
     preconditioners: Mapping[int, tuple[torch.Tensor, ...]]
     records: Mapping[int, Record]
     fidelity: torch.Tensor
+    comparisons: torch.Tensor | None
     log: ReplayLog | None = None
 
     @property
@@ -111,6 +115,7 @@ class Segment:
             preconditioners=_split_smoothed(layout, scalars, steps),
             records=_join_records(layout, *_unpacked(bounds.tolist(), steps)),
             fidelity=_measured(steps),
+            comparisons=torch.tensor([len(step.comparisons) for step in steps]),
             log=_all_or_none(ReplayLog.build, [step.log for step in steps]),
         )
 
@@ -127,7 +132,38 @@ class Segment:
             preconditioners=_stack_preconditioners(parts),
             records=_join_records(layout, first_visits, [part.records.items() for part in parts]),
             fidelity=torch.cat([part.fidelity for part in parts]),
+            comparisons=_all_or_none(torch.cat, [part.comparisons for part in parts]),
             log=_all_or_none(ReplayLog.join, [part.log for part in parts]),
+        )
+
+    def head(self, steps: int) -> Segment:
+        """The first ``steps`` steps, as they were joined before the others came.
+
+        Raises:
+            LedgerError: Which comparisons are theirs is not known.
+        """
+        if self.comparisons is None:
+            raise LedgerError(
+                "a segment cannot be cut: it was written by a gradkern that did not yet count comparisons by step; go "
+                "back to a step after which a file ends"
+            )
+        visits = int(self.visit_bounds[steps])
+        records = {stream: record.between(0, visits).narrowed() for stream, record in self.records.items()}
+        took_part = (self.scalars[:steps, :, 0] == self.scalars[:steps, :, 0]).any(dim=0).tolist()
+        return Segment(
+            visit_ids=self.visit_ids[:visits],
+            curvature=self.curvature[:visits],
+            visit_bounds=self.visit_bounds[: steps + 1],
+            scalars=self.scalars[:steps],
+            preconditioners={
+                parameter: tuple(tensor[:steps] for tensor in stored)
+                for parameter, stored in self.preconditioners.items()
+                if took_part[parameter]
+            },
+            records={stream: record for stream, record in records.items() if len(record.visit)},
+            fidelity=self.fidelity[: int(self.comparisons[:steps].sum())],
+            comparisons=self.comparisons[:steps],
+            log=None if self.log is None else ReplayLog.build(self.log.steps()[:steps]),
         )
 
     def step_scalars(self, step: int, parameter: int) -> StepScalars | None:
@@ -144,6 +180,8 @@ class Segment:
             "step/scalars": self.scalars,
             "fidelity": self.fidelity,
         }
+        if self.comparisons is not None:
+            named["step/comparisons"] = self.comparisons
         for parameter, stored in self.preconditioners.items():
             for name, tensor in zip(_PRECONDITIONER_FIELDS[len(stored)], stored, strict=True):
                 named[f"preconditioner/{parameter}/{name}"] = tensor
@@ -177,6 +215,7 @@ class Segment:
                 visit_bounds=named["visit/bounds"],
                 scalars=named["step/scalars"],
                 fidelity=named["fidelity"],
+                comparisons=named.get("step/comparisons"),
                 log=_read_log(named),
                 preconditioners={
                     parameter: tuple(stored[name] for name in _PRECONDITIONER_FIELDS[len(stored)])
@@ -200,9 +239,9 @@ def _read_log(named: Mapping[str, torch.Tensor]) -> ReplayLog | None:
     return ReplayLog(**{field.name: named[f"replay/{field.name}"] for field in fields(ReplayLog)})
 
 
-def _all_or_none(join: Callable[[list[_Log]], ReplayLog], logs: Sequence[_Log | None]) -> ReplayLog | None:
-    known = [log for log in logs if log is not None]
-    return join(known) if len(known) == len(logs) else None
+def _all_or_none(join: Callable[[list[_Part]], _Whole], parts: Sequence[_Part | None]) -> _Whole | None:
+    known = [part for part in parts if part is not None]
+    return join(known) if len(known) == len(parts) else None
 
 
 def _unknown(visit_ids: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+from gradkern.rollback._cut import cut_after
 from gradkern.rollback._layout import Layout
 from gradkern.rollback._segment import Segment, StepRecord
 from gradkern.rollback._store import StoreWriter
@@ -84,6 +85,16 @@ class Writer:
         if self._waiting:
             self._hand_over()
         self._finish_job()
+
+    def go_back(self, steps: int) -> None:
+        """Take out what was recorded after ``steps`` steps; all of it must have been flushed.
+
+        Raises:
+            LedgerError: The segment to be cut is damaged; nothing has been changed then.
+            OSError, sqlite3.Error: The ledger cannot be written.
+        """
+        cut_after(self._store, self._layout, steps)
+        self._first_step = steps
 
     def close(self) -> None:
         """End the thread, after what it is doing; steps that were not handed to it are forgotten."""
