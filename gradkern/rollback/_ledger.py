@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from gradkern.errors import LedgerError
 from gradkern.loss import Batch, LossFn
 from gradkern.rollback._audit import RecordAudit
 from gradkern.rollback._conservation import Balance, balance
-from gradkern.rollback._estimators import Scores, require_estimator, score
+from gradkern.rollback._estimators import Influence, Scores, require_estimator, score
 from gradkern.rollback._reading import read_segments, recorded_ids
 from gradkern.rollback._replay import Replay, Replayer
 from gradkern.rollback._sample_ids import sample_ids
@@ -31,19 +30,6 @@ _WHY_NOT = {
     "subtract": ". Taking off what the samples added, without how later steps reacted to it, was measured to be "
     "hundreds of times worse than leaving the model alone"
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Influence:
-    """The influence of one training sample on a query.
-
-    Attributes:
-        id: The sample's id, as given to ``recorder.batch``.
-        score: How much the query's loss would rise without the sample, in units of the loss; positive = it helped.
-    """
-
-    id: int
-    score: float
 
 
 def open_ledger(path: str | os.PathLike[str]) -> Ledger:

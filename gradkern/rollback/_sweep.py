@@ -27,7 +27,7 @@ from gradkern.rollback._records import Record
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._smoothing import unsmooth
 
-__all__ = ["NoCurvatureError", "Swept", "norms", "require_curvature", "sweep"]
+__all__ = ["Adjoint", "NoCurvatureError", "Swept", "norms", "require_curvature", "sweep"]
 
 
 class NoCurvatureError(LedgerError):
@@ -65,7 +65,7 @@ def sweep(layout: Layout, gradients: Mapping[int, Tensor], segments: Iterator[Se
         NoCurvatureError: ``curvature`` is not 0 and a visit has no curvature weight.
     """
     functions = len(next(iter(gradients.values())))
-    adjoint = _Adjoint(layout, gradients, curvature)
+    adjoint = Adjoint(layout, gradients, curvature)
     seen_ids = [torch.empty(0, dtype=torch.int64)]
     seen_scores = [torch.empty(functions, 0, dtype=torch.float64)]
     start = adjoint.norms()
@@ -95,8 +95,8 @@ def require_curvature(segment: Segment) -> None:
         )
 
 
-class _Adjoint:
-    """``λ`` and ``μ`` of every parameter and function."""
+class Adjoint:
+    """``λ`` and ``μ`` of every parameter and function, on their way back; arguments as for :func:`sweep`."""
 
     def __init__(self, layout: Layout, gradients: Mapping[int, Tensor], curvature: float) -> None:
         self._shapes: Sequence[tuple[int, ...]] = [info.shape for info in layout.parameters]
