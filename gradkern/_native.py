@@ -30,8 +30,8 @@ _SCHEMAS = (
     "Tensor(a!) choices) -> (float, bool)",
     "_rotor_table_(Tensor first, Tensor option_held, Tensor option_needs, Tensor option_s, Tensor input_held, "
     "Tensor start_needs, Tensor run_needs, Tensor forward_s, int slots, Tensor(a!) table) -> ()",
-    "_sketch_top_(Tensor codes, Tensor scales, Tensor queries, Tensor query_scales, Tensor(a!) scores, "
-    "Tensor(b!) positions) -> ()",
+    "_sketch_top_(Tensor codes, Tensor scales, Tensor ids, Tensor ranges, Tensor queries, Tensor query_scales, "
+    "Tensor(a!) scores, Tensor(b!) best_ids) -> ()",
     "_triad_(Tensor(a!) out, Tensor a, Tensor b, bool streaming) -> ()",
     "_isa() -> str",
 )

@@ -1,4 +1,4 @@
-// The best k of many scored positions: higher scores first, of equal ones the smaller position. What comes out does not
+// The best k of many scored ids: higher scores first, of equal ones the smaller id. What comes out does not
 // depend on the order in which they are offered.
 #pragma once
 
@@ -11,11 +11,11 @@ namespace gradkern {
 
 struct Scored {
   float score;
-  int64_t position;
+  int64_t id;
 };
 
 inline bool is_better(const Scored& a, const Scored& b) {
-  return a.score > b.score || (a.score == b.score && a.position < b.position);
+  return a.score > b.score || (a.score == b.score && a.id < b.id);
 }
 
 class TopK {

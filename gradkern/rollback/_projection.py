@@ -11,8 +11,8 @@ larger one count as one)
 
 with random signs in ``S``, which all ``k`` share, and in ``u_k`` and ``w_k``. Each ``z_k`` alone then has independent
 signs, and the estimates by different ``k`` are uncorrelated, so that mean and variance are those of signs that are all
-independent: ``⟨v, q⟩``, and at most ``(‖v‖² ‖q‖² + ⟨v, q⟩²) / d``. But there are only ``rows columns + d (rows + columns)``
-of them, and a gradient is projected by one matrix product.
+independent: ``⟨v, q⟩``, and at most ``(‖v‖² ‖q‖² + ⟨v, q⟩²) / d``. But there are only
+``rows columns + d (rows + columns)`` of them, and a gradient is projected by one matrix product.
 """
 
 from __future__ import annotations

@@ -1,54 +1,73 @@
-"""The best inner products of int8 rows with a query, over all rows: in native code, and the same bits in plain torch.
+"""The rows of int8 with the highest inner products with a query: in native code, and the same bits in plain torch.
 
 A score is the exact integer inner product, rounded to fp32, times the row's scale, times the query's. Higher ones come
-first, of equal ones the row with the smaller number.
+first, of equal ones the smaller id.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradkern import _native
 
-__all__ = ["native_scan", "reference_scan", "scan"]
+__all__ = ["Rows", "native_scan", "reference_scan", "scan"]
 
 # Rows that are converted together.
 _CHUNK = 1 << 16
 
 
-def scan(codes: Tensor, scales: Tensor, queries: Tensor, query_scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is searched.
+
+    Attributes:
+        codes: Shape ``(n, d)``, int8, contiguous; ``d`` at most 131,071.
+        scales: Shape ``(n,)``, fp32, finite.
+        ids: Shape ``(n,)``, int64, no two alike.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    ids: Tensor
+
+
+def scan(rows: Rows, ranges: Tensor, queries: Tensor, query_scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the best rows for each query, in native code where that is loaded.
 
     Args:
-        codes: Shape ``(n, d)``, int8, contiguous; ``d`` at most 131,071.
-        scales: Of rows, shape ``(n,)``, fp32, finite.
-        queries: Codes of the queries, shape ``(m, d)``, int8.
+        rows: What is searched.
+        ranges: First row and one past the last of the parts to look at, without overlap: shape ``(r, 2)``, int64.
+        queries: Codes, shape ``(m, d)``, int8.
         query_scales: Shape ``(m,)``, fp32, finite.
-        k: How many, at most ``n``.
+        k: How many, at most the rows in ``ranges``.
 
     Returns:
-        Scores, fp32, and row numbers, int64, both of shape ``(m, k)``.
+        Scores, fp32, and ids, int64, both of shape ``(m, k)``.
     """
     found = reference_scan if _native.unavailable_reason() is not None else native_scan
-    return found(codes, scales, queries, query_scales, k)
+    return found(rows, ranges, queries, query_scales, k)
 
 
-def native_scan(codes: Tensor, scales: Tensor, queries: Tensor, query_scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def native_scan(rows: Rows, ranges: Tensor, queries: Tensor, query_scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """In one pass over the rows for all queries, on torch's threads; see :func:`scan`."""
-    scores, rows = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    scores, ids = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
     if scores.numel():
-        torch.ops.gradkern._sketch_top_(codes, scales, queries, query_scales, scores, rows)
-    return scores, rows
+        torch.ops.gradkern._sketch_top_(rows.codes, rows.scales, rows.ids, ranges, queries, query_scales, scores, ids)
+    return scores, ids
 
 
-def reference_scan(
-    codes: Tensor, scales: Tensor, queries: Tensor, query_scales: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
+def reference_scan(rows: Rows, ranges: Tensor, queries: Tensor, query_scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """In fp64, which is exact for such integers; see :func:`scan`."""
-    parts = [
-        (queries.double() @ rows.double().t()).float() * row_scales * query_scales.unsqueeze(1)
-        for rows, row_scales in zip(codes.split(_CHUNK), scales.split(_CHUNK), strict=True)
-    ]
-    scores, rows = torch.cat(parts, dim=1).sort(dim=1, descending=True, stable=True)
-    return scores[:, :k].contiguous(), rows[:, :k].contiguous()
+    made, met = [torch.empty(len(queries), 0)], [torch.empty(0, dtype=torch.int64)]
+    for begin, end in ranges.tolist():
+        for first in range(begin, end, _CHUNK):
+            part = slice(first, min(first + _CHUNK, end))
+            products = queries.double() @ rows.codes[part].double().t()
+            made.append(products.float() * rows.scales[part] * query_scales.unsqueeze(1))
+            met.append(rows.ids[part])
+    ids, order = torch.cat(met).sort()
+    scores, positions = torch.cat(made, dim=1)[:, order].sort(dim=1, descending=True, stable=True)
+    return scores[:, :k].contiguous(), ids[positions[:, :k]]

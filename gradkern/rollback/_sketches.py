@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +24,14 @@ from gradkern.rollback._layout import Layout
 from gradkern.rollback._projection import directions, project
 from gradkern.rollback._reading import read_segments, recorded_ids
 from gradkern.rollback._reduce import quantize_rows
-from gradkern.rollback._scan import scan
+from gradkern.rollback._scan import Rows, scan
+from gradkern.rollback._sketch_index import SketchIndex
 from gradkern.rollback._store import StoreReader
 from gradkern.rollback._sweep import Adjoint
 from gradkern.rollback._tensor_file import safetensors_torch, write_whole
+from gradkern.rollback._top import TopScores, quantize_queries, require_k
 
-if TYPE_CHECKING:
-    from gradkern.rollback._sketch_index import SketchIndex
-
-__all__ = ["Sketches", "TopScores", "open_sketches", "quantize_queries", "require_k", "write_sketches"]
+__all__ = ["Sketches", "open_sketches", "write_sketches"]
 
 FORMAT_VERSION = 1
 
@@ -44,19 +42,6 @@ _BLOCK_BYTES = 1 << 28
 
 # Samples that are quantised together.
 _CHUNK = 1 << 14
-
-
-@dataclass(frozen=True, slots=True)
-class TopScores:
-    """The best samples for each of some queries, the most helpful first.
-
-    Attributes:
-        ids: Sample ids, int64, shape ``(queries, k)``.
-        scores: Estimates of :attr:`Influence.score`, fp32, of the same shape.
-    """
-
-    ids: Tensor
-    scores: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +169,10 @@ class Sketches:
         self.codes = codes
         self.scales = scales
 
+    @property
+    def _rows(self) -> Rows:
+        return Rows(self.codes, self.scales, self.ids)
+
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.ids)
@@ -194,9 +183,9 @@ class Sketches:
         return self._facts.width
 
     @property
-    def ledger_id(self) -> str | None:
-        """Tells which ledger they are of; None where that is too old to have an id."""
-        return self._facts.ledger_id
+    def origin(self) -> tuple[str | None, str]:
+        """What they are of: the ledger's id, None where it is too old to have one, and the final parameters' digest."""
+        return self._facts.ledger_id, self._facts.parameter_digest
 
     def explain(
         self,
@@ -273,42 +262,19 @@ class Sketches:
         """
         require_k(k)
         codes, scales = quantize_queries(queries, self.width)
-        scores, rows = scan(self.codes, self.scales, codes, scales, min(k, len(self)))
-        return TopScores(self.ids[rows], scores)
+        everything = torch.tensor([[0, len(self)]])
+        scores, ids = scan(self._rows, everything, codes, scales, min(k, len(self)))
+        return TopScores(ids, scores)
 
     def index(self, *, lists: int | None = None, probes: int | None = None) -> SketchIndex:
         """Build an index that looks at few of the samples for a query.
 
         Args:
-            lists: Clusters of sketches; None takes four times the root of their number.
-            probes: Clusters that a query looks into; None takes an eighth of them.
+            lists: Clusters of sketches; None takes the root of their number.
+            probes: Clusters that a query looks into; None takes a sixteenth of them.
 
         Raises:
             ImportError: faiss is not installed.
             ValueError: ``probes`` is not between 1 and ``lists``, or ``lists`` is above the number of samples.
         """
-        from gradkern.rollback._sketch_index import SketchIndex  # lazy: it builds on this module
-
-        return SketchIndex(self, lists, probes)
-
-
-def require_k(k: int) -> None:
-    """Raise ``ValueError`` where there is nothing to find."""
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-
-
-def quantize_queries(queries: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of queries.
-
-    Raises:
-        ValueError: They have another shape or dtype, or are not finite.
-    """
-    if queries.dim() != 2 or queries.shape[1] != width or queries.dtype != torch.float32:
-        raise ValueError(
-            f"queries must be of shape (queries, {width}) and fp32, got {tuple(queries.shape)} and {queries.dtype}; "
-            "make them with Sketches.project()"
-        )
-    if not bool(torch.isfinite(queries).all()):
-        raise ValueError("queries must be finite, got NaN or infinity: the gradient of the query's loss is not finite")
-    return quantize_rows(queries)
+        return SketchIndex(self._rows, lists, probes)
