@@ -1,8 +1,8 @@
 """An index over sketches that looks at few of them for a query.
 
-faiss clusters the directions of the sketches; those of a cluster lie together, in a copy. A query looks into the clusters
-where the largest inner products are expected: that of the centre, times the largest norm in the cluster. There the
-scores are those of the exact search, bit for bit, so that all that can be lost is a sample.
+faiss clusters the directions of the sketches; those of a cluster lie together, in a copy. A query looks into the
+clusters where the largest inner products are expected: that of the centre, times the largest norm in the cluster. There
+the scores are those of the exact search, bit for bit, so that all that can be lost is a sample.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SketchIndex:
         faiss = _faiss()
         count = len(rows.ids)
         self.lists = max(1, math.isqrt(count)) if lists is None else lists
-        self.probes = max(1, self.lists // 16) if probes is None else probes
+        self.probes = max(1, self.lists // 10) if probes is None else probes
         if not 1 <= self.lists <= max(1, count):
             raise ValueError(f"index: lists must be from 1 to the number of samples, {count}, got {self.lists}")
         if not 1 <= self.probes <= self.lists:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -214,7 +215,8 @@ class Sketches:
         """
         require_k(k)
         found = (index or self).top(self.project(model, query, loss_fn=loss_fn), k)
-        return [Influence(*pair) for pair in zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True)]
+        pairs = zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True)
+        return [Influence(id, score) for id, score in pairs if score > -math.inf]
 
     def project(self, model: nn.Module, query: Batch | list[Batch], *, loss_fn: LossFn | None = None) -> Tensor:
         """Sketch the gradients of queries.
@@ -271,7 +273,7 @@ class Sketches:
 
         Args:
             lists: Clusters of sketches; None takes the root of their number.
-            probes: Clusters that a query looks into; None takes a sixteenth of them.
+            probes: Clusters that a query looks into; None takes a tenth of them.
 
         Raises:
             ImportError: faiss is not installed.
