@@ -1,8 +1,8 @@
 """The best 10 of a million samples by their sketches, and how often those are the best 10 by direct scores.
 
 What is searched is made up like real sketches: 100 clusters in a space where the variance of direction j is as j^-1.3,
-the norms log-normal with a standard deviation of 0.8; the queries alike. ``gaussian`` is the worst case: no direction and
-no cluster says anything, and an index can only look at a share of all samples.
+the norms log-normal with a standard deviation of 0.8; the queries alike. ``gaussian`` is the worst case: no direction
+and no cluster says anything, and an index can only look at a share of all samples.
 """
 
 from __future__ import annotations
