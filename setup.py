@@ -69,9 +69,9 @@ def ninja_file(build: Path, out: Path) -> str:
         links = f"-L{torch_dir / 'lib'} {libs}"
         lines.extend([f"build {out / name}: link {' '.join(objects)}", f"  libs = {links}"])
 
-    operators = ("ops", "norm_ops", "step_ops", "plan_ops", "rollback_ops")
-    sources = [*(f"csrc/{name}.cpp" for name in operators), "csrc/cpu/isa.cpp"]
-    library("_C.so", sources, f"{include} {stable}", "-ltorch_cpu -lc10")
+    names = ("ops", "norm_ops", "step_ops", "plan_ops", "rollback_ops", "sketch_ops")
+    operators = [f"csrc/{name}.cpp" for name in names]
+    library("_C.so", [*operators, "csrc/cpu/isa.cpp"], f"{include} {stable}", "-ltorch_cpu -lc10")
     # nodelete: memory that the hook handed out may outlive every reference to the library.
     library("_alloc.so", ["csrc/alloc/alloc.cpp"], f"{include} {abi}", "-lc10 -Wl,-z,nodelete")
     return "\n".join(lines) + "\n"

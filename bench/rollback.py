@@ -8,6 +8,8 @@ seeds and half the width of the 95 % interval of that mean (Student's t).
 
 ``undo_*``: of random sets of samples of a recorded run, ``KL(trained without || fast)`` over ``KL(trained without ||
 untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
+
+What searching sketches takes is in ``bench.top_k``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from .influence import (
     retrained_losses,
 )
 from .recording import run_overhead
+from .top_k import run_top_k
 
 __all__ = ["run"]
 
@@ -65,8 +68,9 @@ _T = 4.303
 
 
 def run(report: Report, rounds: int) -> None:
-    """Every setting, undoing, and the overhead."""
+    """The overhead, searching, undoing, and every setting."""
     run_overhead(report, rounds)
+    run_top_k(report, rounds)
     _undo(report, "digits, MLP", digits_mlp())
     for case, make in SETTINGS.items():
         _setting(report, case, make())

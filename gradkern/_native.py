@@ -40,6 +40,8 @@ _SCHEMAS = (
     "_measure_bends_(Tensor logits, Tensor grad, int samples, float scale, bool is_declared, Tensor(a!) sums) -> float",
     "_shadow_step_(Tensor[] gradients, Tensor(a!)[] momenta, Tensor(b!)[] deltas, Tensor[] second_moments, "
     "Tensor numbers, Tensor(c!) roundings, Tensor(d!) smoothed, float sum_rounding) -> bool",
+    "_sketch_top_(Tensor codes, Tensor scales, Tensor ids, Tensor ranges, Tensor queries, Tensor query_scales, "
+    "Tensor(a!) scores, Tensor(b!) best_ids) -> ()",
     "_triad_(Tensor(a!) out, Tensor a, Tensor b, bool streaming) -> ()",
     "_isa() -> str",
 )

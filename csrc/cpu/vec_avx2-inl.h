@@ -167,3 +167,23 @@ struct Squares {
     _mm256_storeu_pd(p + 4, hi);
   }
 };
+
+// Running inner products of int8 with int16 numbers, exact in 32 bits.
+struct IntDot {
+  static constexpr int64_t kLanes = 16;
+  __m256i sums;
+
+  static GRADKERN_INLINE IntDot zero() { return {_mm256_setzero_si256()}; }
+
+  GRADKERN_INLINE void add(const int8_t* a, const int16_t* b) {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)));
+    const __m256i pairs = _mm256_madd_epi16(wide, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+    sums = _mm256_add_epi32(sums, pairs);
+  }
+  GRADKERN_INLINE int32_t total() const {
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4E));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xB1));
+    return _mm_cvtsi128_si32(x);
+  }
+};

@@ -135,3 +135,18 @@ struct Squares {
     vst1q_f64(p + 2, hi);
   }
 };
+
+// Running inner products of int8 with int16 numbers, exact in 32 bits.
+struct IntDot {
+  static constexpr int64_t kLanes = 8;
+  int32x4_t sums;
+
+  static GRADKERN_INLINE IntDot zero() { return {vdupq_n_s32(0)}; }
+
+  GRADKERN_INLINE void add(const int8_t* a, const int16_t* b) {
+    const int16x8_t wide = vmovl_s8(vld1_s8(a)), other = vld1q_s16(b);
+    sums = vmlal_s16(sums, vget_low_s16(wide), vget_low_s16(other));
+    sums = vmlal_high_s16(sums, wide, other);
+  }
+  GRADKERN_INLINE int32_t total() const { return vaddvq_s32(sums); }
+};

@@ -165,3 +165,14 @@ struct Squares {
   GRADKERN_INLINE Squares plus_square(const float* p) const { return *this + Squares(p); }
   GRADKERN_INLINE void store(double* p) const { *p = v; }
 };
+
+// Running inner product of int8 with int16 numbers, exact in 32 bits.
+struct IntDot {
+  static constexpr int64_t kLanes = 1;
+  int32_t sum;
+
+  static GRADKERN_INLINE IntDot zero() { return {0}; }
+
+  GRADKERN_INLINE void add(const int8_t* a, const int16_t* b) { sum += static_cast<int32_t>(*a) * *b; }
+  GRADKERN_INLINE int32_t total() const { return sum; }
+};

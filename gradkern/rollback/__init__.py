@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from gradkern.rollback._compact import compact
 from gradkern.rollback._conservation import Balance
-from gradkern.rollback._ledger import Influence, Ledger, Scores
+from gradkern.rollback._estimators import Influence, Scores
+from gradkern.rollback._ledger import Ledger
 from gradkern.rollback._ledger import open_ledger as open
 from gradkern.rollback._recorder import RecordableOptimizer, Recorder, record
 from gradkern.rollback._replay import Replay
+from gradkern.rollback._sketch_index import SketchIndex
+from gradkern.rollback._sketches import Sketches, open_sketches
+from gradkern.rollback._top import TopScores
 from gradkern.rollback._undo import Undone
 from gradkern.rollback._verify import Check, Compression, VerifyReport
 
@@ -24,9 +28,13 @@ __all__ = [
     "Recorder",
     "Replay",
     "Scores",
+    "SketchIndex",
+    "Sketches",
+    "TopScores",
     "Undone",
     "VerifyReport",
     "compact",
     "open",
+    "open_sketches",
     "record",
 ]

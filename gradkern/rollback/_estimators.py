@@ -20,7 +20,7 @@ from gradkern.rollback._store import StoreReader
 from gradkern.rollback._sweep import EmpiricalFisher, NoCurvatureError, sweep
 from gradkern.rollback._trajectory import Trajectory
 
-__all__ = ["Scores", "query_gradients", "require_estimator", "score"]
+__all__ = ["Influence", "Scores", "query_gradients", "require_estimator", "score"]
 
 # By estimator and mode, the share of the curvature that later steps are taken to have reacted with.
 _CURVATURE = {("direct", "run"): 0.0, ("ref", "run"): 1.0, ("ref", "expected"): 0.5}
@@ -31,6 +31,19 @@ _BY_REPLAY = (("gauss_newton", "run"), ("metagradient", "run"))
 # Of influence on its way back to the first step. It fades in a sound run, to a tenth in a few hundred steps, and stays
 # where it is in a run of a few; where the estimator fails it grows twentyfold and more.
 _MOST_GROWTH = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class Influence:
+    """The influence of one training sample on a query.
+
+    Attributes:
+        id: The sample's id, as given to ``recorder.batch``.
+        score: How much the query's loss would rise without the sample, in units of the loss; positive = it helped.
+    """
+
+    id: int
+    score: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,24 @@ from gradkern.errors import LedgerError
 from gradkern.loss import Batch, LossFn
 from gradkern.rollback._audit import RecordAudit
 from gradkern.rollback._conservation import Balance, balance
-from gradkern.rollback._estimators import Scores, require_estimator, score
+from gradkern.rollback._estimators import Influence, Scores, require_estimator, score
 from gradkern.rollback._reading import read_segments, recorded_ids
 from gradkern.rollback._replay import Replay, Replayer
 from gradkern.rollback._rewind import State, StatefulOptimizer, choose_step, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import Segment
+from gradkern.rollback._sketches import Sketches, open_sketches, write_sketches
 from gradkern.rollback._store import StoreReader
 from gradkern.rollback._undo import Undone, apply_change, propagate
 from gradkern.rollback._verify import Check, VerifyReport, compression
 
-__all__ = ["Influence", "Ledger", "Scores", "open_ledger"]
+__all__ = ["Ledger", "open_ledger"]
 
 # Methods of undoing that people ask for and that do harm.
 _WHY_NOT = {
     "subtract": ". Taking off what the samples added, without how later steps reacted to it, was measured to be "
     "hundreds of times worse than leaving the model alone"
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Influence:
-    """The influence of one training sample on a query.
-
-    Attributes:
-        id: The sample's id, as given to ``recorder.batch``.
-        score: How much the query's loss would rise without the sample, in units of the loss; positive = it helped.
-    """
-
-    id: int
-    score: float
 
 
 def open_ledger(path: str | os.PathLike[str]) -> Ledger:
@@ -212,6 +199,50 @@ class Ledger:
         require_estimator("ref" if estimator is None else estimator, mode, replay)
         self._require_recorded_values(self._layout.trained_parameters(model))
         return score(self._store, model, queries, loss_fn, estimator, mode, replay)
+
+    def sketch(self, path: str | os.PathLike[str], *, width: int = 256, seed: int = 0) -> Sketches:
+        """Compress what every sample did to a few hundred bytes, in one file, to search millions in milliseconds.
+
+        Sketches answer as ``estimator="direct"`` does, with an error: the estimate of the score ``⟨v, q⟩`` of a sample
+        has that mean over seeds, and a standard deviation of at most ``sqrt((‖v‖² ‖q‖² + ⟨v, q⟩²) / width)``, plus what
+        rounding to int8 adds, a hundredth of that at 256.
+
+        Costs as much as ``width`` queries by ``direct``. Memory is ``4 * width`` bytes a sample and, beside a segment,
+        256 MiB, or three tensors of every recorded parameter's size if that is more; the ledger is read as many times
+        as the random functions need passes of that size, and once for its ids.
+
+        Args:
+            path: File to create.
+            width: Numbers that a sample is compressed to, from 1 to 65,536.
+            seed: Of the random projection, from 0 to 2**63 - 1.
+
+        Returns:
+            The sketches, opened.
+
+        Raises:
+            ValueError: ``width`` or ``seed`` is out of range.
+            LedgerError: ``path`` exists, the ledger is not complete or damaged, or its training diverged.
+        """
+        write_sketches(self._store, Path(path), width, seed)
+        return open_sketches(path)
+
+    def open_sketches(self, path: str | os.PathLike[str]) -> Sketches:
+        """Open what :meth:`sketch` wrote, and refuse sketches of another ledger or of this one at another time.
+
+        :func:`gradkern.rollback.open_sketches` does without the ledger.
+
+        Raises:
+            LedgerError: They are of another ledger, or see there.
+        """
+        found = open_sketches(path)
+        closing = self._store.closing
+        mine = (self._store.facts.get("ledger_id"), closing.parameter_digest if closing else None)
+        if found.origin != mine:
+            raise LedgerError(
+                f"{os.fspath(path)!r} holds sketches of another ledger ({found.origin[0]}) than this one ({mine[0]}), "
+                "or of this one before it was recorded further; write them again with sketch()"
+            )
+        return found
 
     def undo(
         self,

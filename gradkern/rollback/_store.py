@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sqlite3
@@ -21,12 +20,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from gradkern.errors import LedgerError
 from gradkern.rollback._layout import Layout
+from gradkern.rollback._tensor_file import safetensors_torch, sync_folder, write_whole
 
 __all__ = ["Closing", "FileEntry", "StoreReader", "StoreWriter"]
 
@@ -133,7 +132,7 @@ class StoreWriter:
             LedgerError: ``path`` exists.
             ImportError: safetensors is not installed.
         """
-        _safetensors()
+        safetensors_torch()
         try:
             created = _make_folder(path)
         except FileExistsError:
@@ -148,7 +147,7 @@ class StoreWriter:
             try:
                 entry = store._write("initial.safetensors", "initial", initial)
                 for folder in created:
-                    _sync_folder(folder.parent)
+                    sync_folder(folder.parent)
                 facts = {
                     **settings,
                     "format_version": str(FORMAT_VERSION),
@@ -269,7 +268,7 @@ class StoreWriter:
         """Make the ledger complete; where an interrupted call already did, only wait for the disk."""
         if self._catalog.execute("SELECT 1 FROM files WHERE role = 'deltas'").fetchone():
             # A COMMIT whose last sync failed has taken effect, but a power cut could bring its journal back.
-            _sync_folder(self.path)
+            sync_folder(self.path)
             return
         entry = self._write("deltas.safetensors", "deltas", deltas, self.steps, self.steps)
         values = (
@@ -299,15 +298,8 @@ class StoreWriter:
         visits: int = 0,
     ) -> FileEntry:
         """Write a file so that it is complete under its name or absent, even if the power goes."""
-        content = _safetensors().save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        target = self.path / name
-        temporary = target.with_suffix(".partial")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync_folder(target.parent)
+        content = safetensors_torch().save({key: tensor.contiguous() for key, tensor in tensors.items()})
+        write_whole(self.path / name, content)
         checksum = hashlib.sha256(content).hexdigest()
         return FileEntry(name, role, checksum, len(content), first_step, end_step, visits)
 
@@ -353,7 +345,7 @@ class StoreReader:
     """
 
     def __init__(self, path: Path) -> None:
-        _safetensors()
+        safetensors_torch()
         self.path = path
         catalog = path / _CATALOG
         if not catalog.is_file():
@@ -427,7 +419,7 @@ class StoreReader:
                 f"{str(self.path / entry.name)!r} is damaged: its checksum differs from the committed one; "
                 f"restore the file from a copy"
             )
-        loaded: dict[str, torch.Tensor] = _safetensors().load(content)
+        loaded: dict[str, torch.Tensor] = safetensors_torch().load(content)
         return loaded
 
     def tensor_bytes(self, entry: FileEntry) -> dict[str, int]:
@@ -519,24 +511,3 @@ def _make_folder(path: Path) -> list[Path]:
         parent.mkdir(exist_ok=True)
     path.mkdir()
     return [*missing, path.absolute()]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _safetensors() -> ModuleType:
-    """The optional file format, loaded on first use so that the package imports without it."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "gradkern.rollback stores ledgers with safetensors, which is not installed; install it with "
-            "pip install 'gradkern[rollback]'"
-        ) from error
-    return safetensors.torch

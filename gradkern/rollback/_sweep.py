@@ -31,6 +31,7 @@ from gradkern.rollback._segment import Segment, StepScalars
 from gradkern.rollback._smoothing import unsmooth
 
 __all__ = [
+    "Adjoint",
     "Curvature",
     "EmpiricalFisher",
     "NoCurvatureError",
@@ -126,7 +127,7 @@ def sweep(
     Raises:
         NoCurvatureError: ``curvature`` needs a weight that a visit does not have.
     """
-    adjoint = _Adjoint(layout, gradients, curvature)
+    adjoint = Adjoint(layout, gradients, curvature)
     start = adjoint.norms()
     visits = [(segment.visit_ids, adjoint.through(segment)) for segment in segments]
     ids, scores = collect_scores(visits, len(start))
@@ -164,8 +165,8 @@ def require_curvature(weights: Tensor) -> None:
         )
 
 
-class _Adjoint:
-    """``λ`` and ``μ`` of every parameter and function."""
+class Adjoint:
+    """``λ`` and ``μ`` of every parameter and function, on their way back; arguments as for :func:`sweep`."""
 
     def __init__(self, layout: Layout, gradients: Mapping[int, Tensor], curvature: Curvature | None) -> None:
         self._shapes: Sequence[tuple[int, ...]] = [info.shape for info in layout.parameters]
