@@ -12,6 +12,7 @@ from dattri.algorithm import IFAttributorCG, TracInAttributor, TRAKAttributor
 from dattri.task import AttributionTask
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader
 
 from .job import Job, State, run
 
@@ -63,7 +64,9 @@ def conjugate_gradients(job: Job, *, regularization: float, iterations: int) -> 
     attributor = IFAttributorCG(_task(job, [job.checkpoints[-1]]), max_iter=iterations, regularization=regularization)
     with _quiet():
         attributor.cache(job.train_loader())
-        return attributor.attribute(job.train_loader(), job.test_loader()).t()
+        # All queries at once would hold their products with the activations of all samples: gigabytes for a CNN.
+        queries = DataLoader(job.test_set(), batch_size=5)
+        return attributor.attribute(job.train_loader(), queries).t()
 
 
 def _task(job: Job, checkpoints: list[State]) -> AttributionTask:
