@@ -12,14 +12,17 @@ from torch import nn
 
 from gradkern.errors import UnstableInfluenceError
 from gradkern.loss import Batch, LossFn, compute_loss
+from gradkern.rollback._deltas import read_deltas
 from gradkern.rollback._reading import read_segments
 from gradkern.rollback._store import StoreReader
+from gradkern.rollback._subtraction import subtract_each
 from gradkern.rollback._sweep import NoCurvatureError, sweep
 
 __all__ = ["Scores", "query_gradients", "require_estimator", "score"]
 
-# By estimator and mode, the share of the curvature that later steps are taken to have reacted with.
+# Of the estimators that sweep, the share of the curvature that later steps are taken to have reacted with, by mode.
 _CURVATURE = {("direct", "run"): 0.0, ("ref", "run"): 1.0, ("ref", "expected"): 0.5}
+_KNOWN = (*_CURVATURE, ("paper", "run"))
 
 # Of influence on its way back to the first step. It fades in a sound run, to a tenth in a few hundred steps, and stays
 # where it is in a run of a few; where the estimator fails it grows twentyfold and more.
@@ -55,6 +58,8 @@ def score(
     require_estimator(asked_for, mode)
     layout = store.layout
     owned = layout.owned(layout.trained_parameters(model))
+    if asked_for == "paper":
+        return _subtracted(store, model, owned, queries, loss_fn)
     each = [query_gradients(model, owned, query, loss_fn) for query in queries]
     gradients = {index: torch.stack([gradient.pop(index) for gradient in each]) for index in owned}
     curvature = _CURVATURE[asked_for, mode]
@@ -73,9 +78,22 @@ def score(
 
 def require_estimator(estimator: str, mode: str) -> None:
     """Raise ``ValueError`` where there is no such estimator, or not in this mode."""
-    if (estimator, mode) not in _CURVATURE:
-        known = ", ".join(f"estimator={each!r} with mode={other!r}" for each, other in _CURVATURE)
+    if (estimator, mode) not in _KNOWN:
+        known = ", ".join(f"estimator={each!r} with mode={other!r}" for each, other in _KNOWN)
         raise ValueError(f"there are {known}; got estimator={estimator!r} with mode={mode!r}")
+
+
+def _subtracted(
+    store: StoreReader,
+    model: nn.Module,
+    owned: dict[int, nn.Parameter],
+    queries: list[Batch],
+    loss_fn: LossFn | None,
+) -> Scores:
+    """Scores by taking every sample's delta off."""
+    named = {store.layout.parameters[index].name: (index, parameter) for index, parameter in owned.items()}
+    with _eval_mode(model), torch.no_grad():
+        return Scores(*subtract_each(model, named, queries, loss_fn, read_deltas(store)))
 
 
 def query_gradients(

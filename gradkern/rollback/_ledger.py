@@ -126,8 +126,10 @@ class Ledger:
             loss_fn: ``(output, target) -> scalar``; any scalar function of the output works.
             estimator: ``"ref"``: what the sample's own recorded steps did and how later steps reacted to it, by the
                 reweighted empirical Fisher matrix of their samples; for losses that are a cross-entropy.
-                ``"direct"``: without the reaction. None takes ``"ref"``, and for ``mode="run"`` with a warning
-                ``"direct"`` where the ledger lacks what ``"ref"`` needs.
+                ``"direct"``: without the reaction. ``"paper"``: without it too, by taking what the sample added off the
+                parameters and evaluating the loss again, so for losses without a gradient as well; reads the ledger
+                once and then once more for every 256 MiB of what all samples added. None takes ``"ref"``, and for
+                ``mode="run"`` with a warning ``"direct"`` where the ledger lacks what ``"ref"`` needs.
             mode: ``"run"``: what would have become of this very run, same order and same start. ``"expected"``: of
                 runs like it on average, by half of the reaction; ``"ref"`` alone.
 
@@ -139,7 +141,8 @@ class Ledger:
                 parameter.
             LedgerError: ``model`` is another model or has other parameter values, a file is damaged, or the ledger
                 lacks what the estimator that was asked for needs.
-            UnstableInfluenceError: Influence grew on its way back to the first step; what ``"ref"`` found is noise.
+            UnstableInfluenceError: Influence grew on its way back to the first step, so that what ``"ref"`` found is
+                noise; or without what a sample added the loss of ``"paper"`` is not finite.
 
         Numerics:
             fp32 sums over the parameters in host memory, fp64 over steps. The preconditioner is smoothed to rows and
@@ -165,7 +168,9 @@ class Ledger:
         """Score every recorded sample; arguments and errors as for :meth:`explain`.
 
         Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
-        recorded parameter's size for each query; the time is mostly that of reading where queries are few.
+        recorded parameter's size for each query; the time is mostly that of reading where queries are few. ``"paper"``
+        evaluates every query once for each sample instead, many samples at a time where ``torch.func.vmap`` can run
+        the model and ``loss_fn``.
 
         Args:
             model: See there; likewise what follows.
