@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from gradkern.rollback._compact import compact
 from gradkern.rollback._conservation import Balance
+from gradkern.rollback._finished import FinishedLedger, finish, open_finished
 from gradkern.rollback._ledger import Influence, Ledger, Scores
 from gradkern.rollback._ledger import open_ledger as open
 from gradkern.rollback._recorder import RecordableOptimizer, Recorder, record
@@ -18,6 +19,7 @@ __all__ = [
     "Balance",
     "Check",
     "Compression",
+    "FinishedLedger",
     "Influence",
     "Ledger",
     "RecordableOptimizer",
@@ -27,6 +29,8 @@ __all__ = [
     "Undone",
     "VerifyReport",
     "compact",
+    "finish",
     "open",
+    "open_finished",
     "record",
 ]

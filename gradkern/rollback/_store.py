@@ -28,7 +28,7 @@ import torch
 from gradkern.errors import LedgerError
 from gradkern.rollback._layout import Layout
 
-__all__ = ["Closing", "FileEntry", "StoreReader", "StoreWriter"]
+__all__ = ["Closing", "FileEntry", "StoreReader", "StoreWriter", "load_tensors", "write_tensors"]
 
 FORMAT_VERSION = 1
 
@@ -270,16 +270,8 @@ class StoreWriter:
         end_step: int = 0,
         visits: int = 0,
     ) -> FileEntry:
-        """Write a file so that it is complete under its name or absent, even if the power goes."""
-        content = _safetensors().save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        target = self._path / name
-        temporary = target.with_suffix(".partial")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync_folder(target.parent)
+        """Write a file and describe it."""
+        content = write_tensors(self._path / name, tensors)
         checksum = hashlib.sha256(content).hexdigest()
         return FileEntry(name, role, checksum, len(content), first_step, end_step, visits)
 
@@ -399,8 +391,7 @@ class StoreReader:
                 f"{str(self.path / entry.name)!r} is damaged: its checksum differs from the committed one; "
                 f"restore the file from a copy"
             )
-        loaded: dict[str, torch.Tensor] = _safetensors().load(content)
-        return loaded
+        return load_tensors(content)
 
     def tensor_bytes(self, entry: FileEntry) -> dict[str, int]:
         """Bytes of a file's tensors, from its header alone.
@@ -430,6 +421,35 @@ class StoreReader:
                 f"{str(file)!r} is damaged: it has {size} bytes, {entry.bytes} were committed; restore the "
                 f"file from a copy"
             )
+
+
+def write_tensors(target: Path, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Write a file so that it is complete under its name or absent, even if the power goes; returns its bytes."""
+    content: bytes = _safetensors().save({key: tensor.contiguous() for key, tensor in tensors.items()})
+    temporary = target.with_suffix(".partial")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    _sync_folder(target.parent)
+    return content
+
+
+def load_tensors(content: bytes) -> dict[str, torch.Tensor]:
+    """The tensors in what :func:`write_tensors` wrote.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    library = _safetensors()
+    from safetensors import SafetensorError
+
+    try:
+        loaded: dict[str, torch.Tensor] = library.load(content)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return loaded
 
 
 def _require_same(
