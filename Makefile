@@ -12,13 +12,14 @@ VENV_STAMP := $(VENV)/.stamp-venv
 DEPS_STAMP := $(VENV)/.stamp-deps
 NATIVE_STAMP := $(VENV)/.stamp-native
 PEERS_STAMP := $(VENV)/.stamp-peers
+ATTRIBUTION_STAMP := $(VENV)/.stamp-attribution
 
 .DEFAULT_GOAL := help
-.PHONY: help dev build demo test check lint type format docs bench-smoke bench-peers clean
+.PHONY: help dev build demo test check lint type format docs bench-smoke bench-peers bench-attribution clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | \
-		while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+		while IFS='|' read -r name text; do printf '  make %-17s %s\n' "$$name" "$$text"; done
 
 $(VENV_STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -78,6 +79,12 @@ $(PEERS_STAMP): $(DEPS_STAMP) bench/requirements.txt
 
 bench-peers: dev $(PEERS_STAMP)  ## install what benchmarks compare with and say what runs; compiles for minutes
 	$(BIN)/python -m bench.peers
+
+$(ATTRIBUTION_STAMP): $(DEPS_STAMP) $(wildcard bench/attribution_peers/requirements/*.txt)
+	$(BIN)/python -m bench.attribution_peers.install && touch $@ || true
+
+bench-attribution: dev $(ATTRIBUTION_STAMP)  ## install the estimators of influence compared with, and say what runs
+	$(BIN)/python -m bench.attribution
 
 clean:  ## remove what was built; keeps .venv
 	rm -rf build dist out docs/_build gradkern.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -69,7 +69,8 @@ def ninja_file(build: Path, out: Path) -> str:
         links = f"-L{torch_dir / 'lib'} {libs}"
         lines.extend([f"build {out / name}: link {' '.join(objects)}", f"  libs = {links}"])
 
-    sources = ["csrc/ops.cpp", "csrc/norm_ops.cpp", "csrc/step_ops.cpp", "csrc/plan_ops.cpp", "csrc/cpu/isa.cpp"]
+    operators = ("ops", "norm_ops", "step_ops", "plan_ops", "rollback_ops")
+    sources = [*(f"csrc/{name}.cpp" for name in operators), "csrc/cpu/isa.cpp"]
     library("_C.so", sources, f"{include} {stable}", "-ltorch_cpu -lc10")
     # nodelete: memory that the hook handed out may outlive every reference to the library.
     library("_alloc.so", ["csrc/alloc/alloc.cpp"], f"{include} {abi}", "-lc10 -Wl,-z,nodelete")

@@ -24,7 +24,9 @@ from gradkern.rollback import Ledger
 
 from .peers import FOLDER
 
-__all__ = ["SETTINGS", "Setting", "datamodeling_score", "record_run", "retrained_losses"]
+__all__ = ["SETTINGS", "Setting", "datamodeling_score", "kept_samples", "record_run", "retrained_losses"]
+
+SUBSETS = 200
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,13 @@ def retrained_losses(setting: Setting, seed: int, kept: Tensor) -> Tensor:
 
     with torch.no_grad():
         return vmap(test_losses)(params)
+
+
+def kept_samples(samples: int, share: float, seed: int) -> Tensor:
+    """Random subsets, all samples but a share: bool, shape ``(subsets, samples)``."""
+    generator = torch.Generator().manual_seed(1000 * seed + round(1000 * share))
+    order = torch.rand(SUBSETS, samples, generator=generator).argsort(dim=1)
+    return order >= round(share * samples)
 
 
 def datamodeling_score(scores: Tensor, kept: Tensor, losses: Tensor) -> float:

@@ -1,9 +1,10 @@
 """How well influence foretells retraining, how well samples are taken back, and what recording takes.
 
-Each setting of ``bench.influence`` is recorded with three seeds. ``lds_drop1``, ``10`` and ``50`` are the datamodeling
-scores for the recorded run itself with that share of its samples left out, ``trak50`` (of the MLPs) the one for half of
-the samples and the mean loss over runs with other seeds. Of every score there is the mean over recorded seeds and half
-the width of the 95 % interval of that mean (Student's t).
+Each setting of ``bench.influence`` is recorded with three seeds. Other packages' estimators (``bench.attribution``)
+score the same runs as ours and are judged by the same retrained losses. ``lds_drop1``, ``10`` and ``50`` are the
+datamodeling scores for the recorded run itself with that share of its samples left out, ``trak50`` (of the MLPs) the
+one for half of the samples and the mean loss over runs with other seeds. Of every score there is the mean over recorded
+seeds and half the width of the 95 % interval of that mean (Student's t).
 
 ``undo_*``: of random sets of samples of a recorded run, ``KL(trained without || fast)`` over ``KL(trained without ||
 untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
@@ -16,21 +17,30 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradkern.rollback import Replay
 
+from . import attribution
 from .harness import Report
-from .influence import SETTINGS, Setting, datamodeling_score, digits_mlp, record_run, retrained_losses
+from .influence import (
+    SETTINGS,
+    Setting,
+    datamodeling_score,
+    digits_mlp,
+    kept_samples,
+    record_run,
+    retrained_losses,
+)
 from .recording import run_overhead
 
 __all__ = ["run"]
 
 SEEDS = (0, 1, 2)
 SHARES = (0.01, 0.1, 0.5)
-SUBSETS = 200
 OTHER_SEEDS = 5
 
 # By system: estimator and mode.
@@ -38,10 +48,13 @@ ESTIMATORS = {
     "gradkern ref": ("ref", "run"),
     "gradkern ref, expected": ("ref", "expected"),
     "gradkern direct": ("direct", "run"),
+    "gradkern gauss_newton": ("gauss_newton", "run"),
+    "gradkern metagradient": ("metagradient", "run"),
 }
+BY_REPLAY = ("gauss_newton", "metagradient")
 
-# Where retraining with other seeds as well takes minutes, not hours.
-TRAK = ("digits, MLP", "breast cancer, MLP")
+# Where it takes minutes, not hours, to retrain with other seeds as well and to run the training again with curvature.
+MLPS = ("digits, MLP", "breast cancer, MLP")
 
 # Samples to forget at once, of 1,000, and how many sets of them a seed.
 FORGOTTEN = (1, 10, 50, 100)
@@ -60,36 +73,44 @@ def run(report: Report, rounds: int) -> None:
 
 
 def _setting(report: Report, case: str, setting: Setting) -> None:
+    tuned = attribution.tune(report, case, setting)
     found: dict[tuple[str, str], list[float]] = {}
     for seed in SEEDS:
-        scores = _scores(report, case, setting, seed)
+        scores = _scores(report, case, setting, seed) | attribution.scores(setting, seed, tuned)
         for share in SHARES:
-            kept = _kept(len(setting.inputs), share, seed)
+            kept = kept_samples(len(setting.inputs), share, seed)
             losses = retrained_losses(setting, seed, kept)
             for system, each in scores.items():
                 value = datamodeling_score(each, kept, losses)
                 found.setdefault((system, f"lds_drop{round(100 * share)}"), []).append(value)
-        if case not in TRAK:
+        if case not in MLPS:
             continue
-        kept = _kept(len(setting.inputs), 0.5, seed)
+        kept = kept_samples(len(setting.inputs), 0.5, seed)
         others = [retrained_losses(setting, 100 * (seed + 1) + other, kept) for other in range(OTHER_SEEDS)]
         mean_loss = torch.stack(others).mean(0)
         for system, each in scores.items():
             found.setdefault((system, "trak50"), []).append(datamodeling_score(each, kept, mean_loss))
     for (system, metric), values in found.items():
         report.add(case, system, metric, statistics.fmean(values), "")
+        if len(values) < len(SEEDS):  # a peer failed on some, which was said
+            continue
         report.add(case, system, f"{metric}_interval", _T * statistics.stdev(values) / math.sqrt(len(values)), "")
 
 
 def _scores(report: Report, case: str, setting: Setting, seed: int) -> dict[str, Tensor]:
     """Of every estimator, from one recorded run; of the first, what it took."""
     with tempfile.TemporaryDirectory() as folder:
-        model, ledger = record_run(setting, seed, Path(folder) / "ledger")
+        model, ledger = record_run(setting, seed, Path(folder) / "ledger", replayable=case in MLPS)
         queries = setting.queries()
         scores = {}
         for system, (estimator, mode) in ESTIMATORS.items():
+            if estimator in BY_REPLAY and case not in MLPS:
+                continue
+            asked: dict[str, Any] = {"loss_fn": nn.functional.cross_entropy, "estimator": estimator, "mode": mode}
+            if estimator in BY_REPLAY:
+                asked["replay"] = _replay(setting)
             start = time.perf_counter()
-            found = ledger.scores(model, queries, loss_fn=nn.functional.cross_entropy, estimator=estimator, mode=mode)
+            found = ledger.scores(model, queries, **asked)
             seconds = time.perf_counter() - start
             scores[system] = found.scores
             if seed == SEEDS[0]:
@@ -105,7 +126,7 @@ def _scores(report: Report, case: str, setting: Setting, seed: int) -> dict[str,
 
 def _undo(report: Report, case: str, setting: Setting) -> None:
     ratios: dict[int, list[float]] = {count: [] for count in FORGOTTEN}
-    replay = Replay(setting.fetch, setting.make_optimizer, nn.functional.cross_entropy)
+    replay = _replay(setting)
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             model, ledger = record_run(setting, seed, Path(folder) / "ledger", replayable=True)
@@ -125,15 +146,12 @@ def _undo(report: Report, case: str, setting: Setting) -> None:
         )
 
 
+def _replay(setting: Setting) -> Replay:
+    return Replay(setting.fetch, setting.make_optimizer, nn.functional.cross_entropy)
+
+
 def _divergence(setting: Setting, model: nn.Module, other: nn.Module) -> float:
     """``KL(model || other)``, mean over the test points."""
     with torch.no_grad():
         logs = [torch.log_softmax(each(setting.test_inputs).double(), dim=-1) for each in (other, model)]
     return float(nn.functional.kl_div(*logs, reduction="batchmean", log_target=True))
-
-
-def _kept(samples: int, share: float, seed: int) -> Tensor:
-    """Random subsets: all samples but a share."""
-    generator = torch.Generator().manual_seed(1000 * seed + round(1000 * share))
-    order = torch.rand(SUBSETS, samples, generator=generator).argsort(dim=1)
-    return order >= round(share * samples)

@@ -30,6 +30,16 @@ _SCHEMAS = (
     "Tensor(a!) choices) -> (float, bool)",
     "_rotor_table_(Tensor first, Tensor option_held, Tensor option_needs, Tensor option_s, Tensor input_held, "
     "Tensor start_needs, Tensor run_needs, Tensor forward_s, int slots, Tensor(a!) table) -> ()",
+    "_reduce_matrix_(Tensor? left, Tensor right, int samples, Tensor start, Tensor(a!) left_codes, "
+    "Tensor(b!) left_scales, Tensor(c!) right_codes, Tensor(d!) right_scales) -> ()",
+    "_reduce_vector_(Tensor rows, int samples, Tensor(a!) codes, Tensor(b!) scales) -> ()",
+    "_record_matrices_(Tensor[] rows, Tensor[] columns, Tensor[] starts, Tensor[] weight_grads, "
+    "Tensor(a!)[] weight_sums, Tensor[] bias_grads, Tensor(b!)[] bias_sums, int[] flags, int[] offsets, int samples, "
+    "Tensor(c!) block) -> ()",
+    "_compare_gradients_(Tensor[] captured, Tensor[] gradients, Tensor(a!) squares) -> ()",
+    "_measure_bends_(Tensor logits, Tensor grad, int samples, float scale, bool is_declared, Tensor(a!) sums) -> float",
+    "_shadow_step_(Tensor[] gradients, Tensor(a!)[] momenta, Tensor(b!)[] deltas, Tensor[] second_moments, "
+    "Tensor numbers, Tensor(c!) roundings, Tensor(d!) smoothed, float sum_rounding) -> bool",
     "_triad_(Tensor(a!) out, Tensor a, Tensor b, bool streaming) -> ()",
     "_isa() -> str",
 )

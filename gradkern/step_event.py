@@ -6,16 +6,17 @@ other. Every optimizer of gradkern whose update is linear in the gradient (given
     M_t     = momentum * M_{t-1} + grad_weight * grad_multiplier * g_t
     theta_t = decay * theta_{t-1} - P_t * M_t
 
-where ``g_t`` is the gradient accumulated since the last step and ``P_t`` is elementwise. For AdamW,
-``momentum = beta1``, ``grad_weight = 1 - beta1``, ``decay = 1 - lr * weight_decay`` and
-``P_t = lr / ((1 - beta1^t) * (sqrt(v_t / (1 - beta2^t)) + eps))``.
+where ``g_t`` is the gradient accumulated since the last step and ``P_t = step_size / (root_scale * sqrt(v_t) + eps)``
+is elementwise, or ``step_size`` alone where there is no second moment ``v_t``. For AdamW, ``momentum = beta1``,
+``grad_weight = 1 - beta1``, ``decay = 1 - lr * weight_decay``, ``step_size = lr / (1 - beta1^t)`` and
+``root_scale = 1 / sqrt(1 - beta2^t)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -23,8 +24,7 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["ParamStep", "StepEvent", "StepEventSource"]
 
 
-@dataclass(frozen=True, slots=True)
-class ParamStep:
+class ParamStep(NamedTuple):
     """What a step did to one parameter.
 
     All factors are the values really applied: those that the update computes with in fp32 are fp32 values (held
@@ -38,8 +38,11 @@ class ParamStep:
         momentum: Factor that multiplied the old momentum (``beta1``).
         grad_weight: Factor of the new gradient in the momentum (``1 - beta1``).
         lr: Learning rate used.
-        preconditioner: Computes ``P_t`` afresh, shape and device of ``param``, fp32. Valid only while the event
-            is being handled: it reads optimizer state that the next step changes.
+        step_size: Numerator of ``P_t``.
+        second_moment: ``v_t``, of the shape of ``param``; None where ``P_t`` is ``step_size``. Valid only while the
+            event is being handled: it is optimizer state that the next step changes.
+        root_scale: Factor of its root.
+        eps: Added to that.
     """
 
     param: torch.Tensor
@@ -48,7 +51,19 @@ class ParamStep:
     momentum: float
     grad_weight: float
     lr: float
-    preconditioner: Callable[[], torch.Tensor]
+    step_size: float
+    second_moment: torch.Tensor | None = None
+    root_scale: float = 1.0
+    eps: float = 0.0
+
+    @torch.no_grad()
+    def preconditioner(self) -> torch.Tensor:
+        """``P_t``, computed afresh: fp32, shape and device of ``param``. Valid as :attr:`second_moment` is."""
+        if self.second_moment is None:
+            return torch.full_like(self.param, self.step_size, dtype=torch.float32)
+        # Not torch.sqrt of fp32, which may run in MKL's vector library and be off by a unit in the last place.
+        root = self.second_moment.double().sqrt().float()
+        return (root * self.root_scale + self.eps).reciprocal() * self.step_size
 
 
 @dataclass(frozen=True, slots=True)

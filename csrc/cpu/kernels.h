@@ -120,6 +120,49 @@ struct StepKernels {
   int64_t (*states)(int64_t variant);  // -1: there is no such variant
 };
 
+// One sample's gradient of a matrix, leftᵀ @ right of `tokens` rows, to be reduced to `rank` directions and quantised.
+// Without `left` the gradient is `right` itself.
+struct ReduceSample {
+  const float* left;   // tokens x height
+  const float* right;  // tokens x width
+  const float* start;  // rank x width
+  int64_t tokens;
+  int64_t height;
+  int64_t width;
+  int64_t rank;
+  float* scratch;       // reduce_scratch() floats
+  int8_t* left_codes;   // min(tokens, rank) x height
+  float* left_scales;   // min(tokens, rank)
+  int8_t* right_codes;  // min(tokens, rank) x width
+  float* right_scales;  // min(tokens, rank)
+};
+
+inline int64_t reduce_scratch(int64_t tokens, int64_t height, int64_t width, int64_t rank) {
+  return rank * (tokens + height + width) + width + 4 * rank * (height > width ? height : width);
+}
+
+// One step of one parameter, as gradkern.rollback follows it.
+struct ShadowStep {
+  const float* gradient;       // or null
+  const float* second_moment;  // or null: the preconditioner is step_size
+  float* momenta;
+  float* deltas;
+  int64_t rows;  // 0 of a vector
+  int64_t columns;
+  float momentum, weight, decay, step_size, root_scale, eps;
+  float* scratch;      // shadow_scratch() floats
+  uint16_t* smoothed;  // bf16: rows + columns of a matrix, columns of a vector
+  double* squares;     // two, of a vector
+};
+
+inline int64_t shadow_scratch(int64_t rows, int64_t columns) {
+  int64_t levels = 0;
+  while ((rows >> levels) != 0) {
+    ++levels;
+  }
+  return (2 + levels) * columns;
+}
+
 // Every loop, once per instruction set. A null partial means that no sum of squares is wanted.
 struct KernelTable {
 #define GRADKERN_KERNEL(name, result, ...) result (*name)(__VA_ARGS__);

@@ -15,7 +15,7 @@ from gradkern import _native
 from gradkern.errors import BackendUnavailableError
 from gradkern.ops._spec import Backend, OpSpec
 
-__all__ = ["BACKENDS", "SPECS", "register", "select", "unavailable_reason", "use_backend"]
+__all__ = ["BACKENDS", "SPECS", "backend_for", "register", "select", "unavailable_reason", "use_backend"]
 
 BACKENDS = ("reference", "native", "triton")
 SPECS: dict[str, OpSpec] = {}
@@ -68,19 +68,23 @@ def _load_triton(spec: OpSpec) -> Backend:
 
 
 @cache
-def _resolve(spec: OpSpec, device_type: str, forced: str | None) -> Backend:
+def _backend(caller: str, device_type: str, forced: str | None) -> str:
     device = torch.device(device_type)
-    if forced is not None:
-        reason = unavailable_reason(forced, device)
-        if reason is not None:
-            raise BackendUnavailableError(
-                f"{spec.name}: backend {forced!r} cannot run here: {reason}; choose another of {', '.join(BACKENDS)}, "
-                "or none for the best available"
-            )
-        name = forced
-    else:
+    if forced is None:
         preferred = "native" if device.type == "cpu" else "triton"
-        name = preferred if unavailable_reason(preferred, device) is None else "reference"
+        return preferred if unavailable_reason(preferred, device) is None else "reference"
+    reason = unavailable_reason(forced, device)
+    if reason is not None:
+        raise BackendUnavailableError(
+            f"{caller}: backend {forced!r} cannot run here: {reason}; choose another of {', '.join(BACKENDS)}, "
+            "or none for the best available"
+        )
+    return forced
+
+
+@cache
+def _resolve(spec: OpSpec, device_type: str, forced: str | None) -> Backend:
+    name = _backend(spec.name, device_type, forced)
     if name == "triton":
         return _load_triton(spec)
     return spec.native if name == "native" else spec.reference
@@ -93,6 +97,15 @@ def select(spec: OpSpec, device: torch.device) -> Backend:
         BackendUnavailableError: A backend was forced by ``use_backend`` that cannot run there.
     """
     return _resolve(spec, device.type, _FORCED.get())
+
+
+def backend_for(caller: str, device: torch.device) -> str:
+    """The name of the backend that something runs on which is no registered op, ``caller`` in errors.
+
+    Raises:
+        BackendUnavailableError: As :func:`select`.
+    """
+    return _backend(caller, device.type, _FORCED.get())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, TypedDict
 
@@ -116,10 +116,10 @@ class FusedStepMixin(torch.optim.Optimizer):
         """Update a bucket that kernels cannot run, with torch's own functional form; ``step`` counts itself."""
         raise NotImplementedError
 
-    def _param_step(
-        self, bucket: Bucket, index: int, numbers: Sequence[float], grad_multiplier: torch.Tensor
-    ) -> ParamStep:
-        """What the step did to one parameter, given the group's hyper-parameters."""
+    def _param_steps(
+        self, bucket: Bucket, numbers: Sequence[float], grad_multiplier: torch.Tensor
+    ) -> Iterator[ParamStep]:
+        """What the step did to each parameter of a bucket, given the group's hyper-parameters."""
         raise NotImplementedError
 
     def _event_obstacle(self) -> str | None:
@@ -427,17 +427,11 @@ class FusedStepMixin(torch.optim.Optimizer):
             self._torch_update(bucket, list(grads))
 
     def _report(self, buckets: Sequence[Bucket], blocks: Sequence[torch.Tensor]) -> None:
-        params = tuple(
-            self._param_step(
-                bucket,
-                index,
-                [float(value) for value in self._hyper(bucket.group)],
-                block[layout.GRAD_MULTIPLIER].float(),
-            )
-            for bucket, block in zip(buckets, blocks, strict=True)
-            for index in range(len(bucket.params))
-        )
-        event = StepEvent(params, blocks[0][layout.SKIP] != 0 if self._scalars.can_skip(self.clip) else None)
+        params: list[ParamStep] = []
+        for bucket, block in zip(buckets, blocks, strict=True):
+            numbers = [float(value) for value in self._hyper(bucket.group)]
+            params += self._param_steps(bucket, numbers, block[layout.GRAD_MULTIPLIER].float())
+        event = StepEvent(tuple(params), blocks[0][layout.SKIP] != 0 if self._scalars.can_skip(self.clip) else None)
         for hook in list(self._event_hooks.values()):
             hook(event)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,29 +65,29 @@ class _AdamStep(FusedStepMixin):
                 return "coupled weight decay makes the parameter a part of its gradient"
         return super()._event_obstacle()
 
-    def _param_step(
-        self, bucket: Bucket, index: int, numbers: Sequence[float], grad_multiplier: torch.Tensor
-    ) -> ParamStep:
-        group = bucket.group
-        step = int(bucket.steps[index])
-        _, decay, grad_weight, _, _, inv_bias2_sqrt, eps, step_size = adamw_scalars(
-            numbers, 1.0, step, self._variant(group)
-        )
-        second_moment = bucket.columns["max_exp_avg_sqs" if group["amsgrad"] else "exp_avg_sqs"][index]
-
-        def preconditioner() -> torch.Tensor:
-            denom: torch.Tensor = second_moment.float().sqrt() * inv_bias2_sqrt + eps
-            return denom.reciprocal() * step_size
-
-        return ParamStep(
-            param=bucket.params[index],
-            grad_multiplier=-grad_multiplier if group["maximize"] else grad_multiplier,
-            decay=decay,
-            momentum=1.0 - grad_weight,
-            grad_weight=grad_weight,
-            lr=float(group["lr"]),
-            preconditioner=_detached(preconditioner),
-        )
+    def _param_steps(
+        self, bucket: Bucket, numbers: Sequence[float], grad_multiplier: torch.Tensor
+    ) -> Iterator[ParamStep]:
+        group, variant = bucket.group, self._variant(bucket.group)
+        moments = bucket.columns["max_exp_avg_sqs" if group["amsgrad"] else "exp_avg_sqs"]
+        multiplier = -grad_multiplier if group["maximize"] else grad_multiplier
+        lr = float(group["lr"])
+        scalars_at = cache(lambda step: adamw_scalars(numbers, 1.0, step, variant))
+        for param, count, second_moment in zip(bucket.params, bucket.steps, moments, strict=True):
+            _, decay, grad_weight, _, _, inv_bias2_sqrt, eps, step_size = scalars_at(int(count))
+            # By position: this runs for every parameter at every step.
+            yield ParamStep(
+                param,
+                multiplier,
+                decay,
+                1.0 - grad_weight,
+                grad_weight,
+                lr,
+                step_size,
+                second_moment,
+                inv_bias2_sqrt,
+                eps,
+            )
 
 
 class Adam(_AdamStep, torch.optim.Adam):
@@ -223,11 +224,3 @@ class AdamW(_AdamStep, torch.optim.AdamW):
             fused=fused,
         )
         self._start(engine)
-
-
-def _detached(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    def without_grad() -> torch.Tensor:
-        with torch.no_grad():
-            return compute()
-
-    return without_grad

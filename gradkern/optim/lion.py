@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,7 +86,7 @@ class Lion(FusedStepMixin):
     def _event_obstacle(self) -> str | None:
         return "Lion moves parameters by a sign"
 
-    def _param_step(
-        self, bucket: Bucket, index: int, numbers: Sequence[float], grad_multiplier: torch.Tensor
-    ) -> ParamStep:
+    def _param_steps(
+        self, bucket: Bucket, numbers: Sequence[float], grad_multiplier: torch.Tensor
+    ) -> Iterator[ParamStep]:
         raise NotImplementedError  # no hook can be registered

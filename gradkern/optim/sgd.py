@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,19 +126,21 @@ class SGD(FusedStepMixin, torch.optim.SGD):
                 return "nesterov momentum and weight decay in the gradient do not fit the event's formula"
         return super()._event_obstacle()
 
-    def _param_step(
-        self, bucket: Bucket, index: int, numbers: Sequence[float], grad_multiplier: torch.Tensor
-    ) -> ParamStep:
-        group, param = bucket.group, bucket.params[index]
-        scalars = sgd_scalars(numbers, 1.0, int(bucket.steps[index]), self._variant(group))
-        _, _, old_weight, grad_weight, _, lr = scalars
+    def _param_steps(
+        self, bucket: Bucket, numbers: Sequence[float], grad_multiplier: torch.Tensor
+    ) -> Iterator[ParamStep]:
+        group = bucket.group
+        multiplier = -grad_multiplier if group["maximize"] else grad_multiplier
         has_buffer = group["momentum"] != 0
-        return ParamStep(
-            param=param,
-            grad_multiplier=-grad_multiplier if group["maximize"] else grad_multiplier,
-            decay=1.0,
-            momentum=old_weight if has_buffer else 0.0,
-            grad_weight=grad_weight if has_buffer else 1.0,
-            lr=lr,
-            preconditioner=lambda: torch.full_like(param, lr, dtype=torch.float32, requires_grad=False),
-        )
+        scalars_at = cache(lambda step: sgd_scalars(numbers, 1.0, step, self._variant(group)))
+        for param, count in zip(bucket.params, bucket.steps, strict=True):
+            _, _, old_weight, grad_weight, _, lr = scalars_at(int(count))
+            yield ParamStep(
+                param=param,
+                grad_multiplier=multiplier,
+                decay=1.0,
+                momentum=old_weight if has_buffer else 0.0,
+                grad_weight=grad_weight if has_buffer else 1.0,
+                lr=lr,
+                step_size=lr,
+            )

@@ -4,6 +4,10 @@ Each function saves what autograd saves anyway for that layer and computes the s
 calls, so for fp32 they are bit-equal to the layer's own. In backward it also hands the layer's input and
 output gradient to a :class:`Sink`. Nothing is taken in forward: a recomputed layer (activation checkpointing)
 is seen once.
+
+A Linear or Conv1D mostly needs no function of ours: a hook on autograd's own node reads there what it saved, at a third
+of the time. Where hooks on saved tensors are active (checkpointing, offloading) a tensor may be unpacked only once, by
+its node, so there it does.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,14 +42,22 @@ class Sink(Protocol):
         """Give an embedding's output one row per sample if its ids are shared by all samples."""
         ...
 
-    def take_matrix(self, layer: OwnedLayer, rows: Tensor, columns: Tensor, weight_grad: Tensor) -> None:
-        """Take a Linear's or Conv1D's factors.
+    def take_matrix(
+        self,
+        layer: OwnedLayer,
+        rows: Tensor,
+        columns: Tensor,
+        weight_grad: Tensor,
+        bias_grad: Tensor | None = None,
+    ) -> None:
+        """Take a Linear's, Conv1D's or convolution's factors.
 
         Args:
             layer: The layer.
             rows: The factor along the weight's dimension 0, shape ``(..., weight.shape[0])``.
             columns: The factor along its dimension 1, shape ``(..., weight.shape[1])``.
             weight_grad: ``rowsᵀ @ columns`` over all tokens, as it goes to the parameter.
+            bias_grad: The sum of ``rows`` over all tokens, where that is what goes to a bias.
         """
         ...
 
@@ -120,11 +132,64 @@ class _Linear(torch.autograd.Function):
             input_grad = (flat @ weight).reshape(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             weight_grad = flat.t() @ input.reshape(-1, input.shape[-1])
-            ctx.sink.take_matrix(ctx.layer, grad, input, weight_grad)
         if ctx.needs_input_grad[2]:
             bias_grad = flat.sum(0)
+        if weight_grad is not None:
+            ctx.sink.take_matrix(ctx.layer, grad, input, weight_grad, bias_grad)
+        elif bias_grad is not None:
             ctx.sink.take_bias(ctx.layer, grad, bias_grad)
         return input_grad, weight_grad, bias_grad, None, None
+
+
+def _watch(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
+    """Take a Linear's or Conv1D's factors at the node of ``output``; False where that is none of those known here."""
+    node: Any = output.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    name = "" if node is None else node.name()
+    if name not in _PRODUCTS:
+        return False
+    saved, is_transposed, shape = _PRODUCTS[name], layer.kind is LayerKind.CONV1D, output.shape
+
+    def take(input_grads: Sequence[Tensor | None], output_grads: Sequence[Tensor]) -> None:
+        weight_grad = input_grads[-1]
+        if weight_grad is None:
+            return  # torch.autograd.grad of something else
+        if torch.is_grad_enabled():
+            raise LedgerError(
+                f"record: a gradient reached layer {layer.name!r} that is to be differentiated again "
+                f"(create_graph=True); what such a gradient does to the parameters cannot be told apart by sample"
+            )
+        # Asked for here: a hook that held its own node would be a cycle, and keep the graph until garbage is collected.
+        grad, input = output_grads[0], getattr(torch._C._current_autograd_node(), saved)
+        if len(shape) > 2:
+            grad, input = grad.view(shape), input.view(*shape[:-1], -1)
+        bias_grad = input_grads[0] if saved == "_saved_mat1" else None
+        if is_transposed:
+            sink.take_matrix(layer, input, grad, weight_grad)
+            if bias_grad is not None:
+                sink.take_bias(layer, grad, bias_grad)
+            return
+        if layer.is_output:
+            module: Any = layer.module
+            sink.take_logits(layer, F.linear(input, module.weight, module.bias), grad)
+        sink.take_matrix(layer, grad, input, weight_grad.t(), bias_grad)
+
+    node.register_hook(take)
+    return True
+
+
+def _can_watch(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether all parameters of a layer are trained, and its node is the first to unpack what it saves."""
+    trained = weight.requires_grad and (bias is None or bias.requires_grad)
+    is_plain = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    return trained and is_plain and torch._C._functorch.peek_interpreter_stack() is None
+
+
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
+
+# Names of autograd's nodes, and of what they save of their first factor.
+_PRODUCTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 
 
 class _Conv1D(torch.autograd.Function):
@@ -299,10 +364,10 @@ class _Convolution(torch.autograd.Function):
         if needs[1]:
             columns = _windows(input, module.kernel_size, module.stride, ctx.padding, module.dilation)
             if module.groups == 1:
-                ctx.sink.take_matrix(ctx.layer, rows, columns.flatten(2), grads[1])
-            else:
-                grouped = rows.unflatten(2, (module.groups, -1)), columns.unflatten(2, (module.groups, -1)).flatten(3)
-                ctx.sink.take_vectors(ctx.layer, torch.einsum("nlgo,nlgk->ngok", *grouped), grads[1])
+                ctx.sink.take_matrix(ctx.layer, rows, columns.flatten(2), grads[1], grads[2])
+                return *grads, None, None, None
+            grouped = rows.unflatten(2, (module.groups, -1)), columns.unflatten(2, (module.groups, -1)).flatten(3)
+            ctx.sink.take_vectors(ctx.layer, torch.einsum("nlgo,nlgk->ngok", *grouped), grads[1])
         if needs[2]:
             ctx.sink.take_bias(ctx.layer, rows, grads[2])
         return *grads, None, None, None
@@ -327,12 +392,24 @@ def _factors(ctx: Any, input: Tensor, weight: Tensor) -> tuple[Tensor | None, Te
 
 def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     _forbid_autocast(layer, input)
-    return _apply(_Linear, input, layer.module.weight, layer.module.bias, layer, sink)
+    # Not through nn.Module's attributes, which take longer than all else here.
+    parameters = layer.module._parameters
+    weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
+    if _can_watch(weight, bias):
+        output = F.linear(input, weight, bias)
+        if _watch(layer, sink, output):
+            return output
+    return _apply(_Linear, input, weight, bias, layer, sink)
 
 
 def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:
     _forbid_autocast(layer, x)
-    return _apply(_Conv1D, x, layer.module.weight, layer.module.bias, layer, sink)
+    module: Any = layer.module
+    if _can_watch(module.weight, module.bias):
+        output: Tensor = type(module).forward(module, x)
+        if _watch(layer, sink, output):
+            return output
+    return _apply(_Conv1D, x, module.weight, module.bias, layer, sink)
 
 
 def _embedding(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:

@@ -16,8 +16,7 @@ def compact(path: str | os.PathLike[str], *, segment_bytes: int = 1 << 26) -> in
     """Join the neighbouring files of a ledger, and remove what a killed recorder left.
 
     Every query reads all files one after the other and holds one: short ones cost time, long ones memory. Nothing else
-    changes, and whatever interrupts this leaves a ledger that is whole. Open it again for reading afterwards; recording
-    can be resumed from those checkpoints alone at which a file still ends.
+    changes, and whatever interrupts this leaves a ledger that is whole. Open it again for reading afterwards.
 
     Args:
         path: The ledger's folder.

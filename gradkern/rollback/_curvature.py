@@ -15,10 +15,14 @@ all of them, one below the other.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gradkern.ops._registry import backend_for
+from gradkern.rollback._lanes import dot, pairs_sum
 
 __all__ = ["curvature_weights", "measure_bends"]
 
@@ -56,9 +60,22 @@ def measure_bends(
         Shape ``(B, 2)``, fp64: ``Σ s³ rᵀ H r`` and ``Σ s² ‖r‖²``, NaN for a sample with a row whose gradient is not
         that of a cross-entropy with one right class; and the scale.
     """
+    if backend_for("record", logits.device) == "native":
+        sums = torch.empty(len(logits), 2, dtype=torch.float64)
+        known = math.nan if scale is None else scale
+        found = torch.ops.gradkern._measure_bends_(
+            logits.contiguous(), grad.contiguous(), len(logits), known, is_declared, sums
+        )
+        return sums, None if math.isnan(found) else found
+    return _measure_by_torch(logits, grad, scale=scale, is_declared=is_declared)
+
+
+def _measure_by_torch(
+    logits: Tensor, grad: Tensor, *, scale: float | None, is_declared: bool
+) -> tuple[Tensor, float | None]:
     size = max(1, _CHUNK // max(1, logits[:1].numel()))
     parts = [_rows(*pair) for pair in zip(logits.split(size), grad.split(size), strict=True)]
-    rows = _Rows(*(torch.cat(column).double() for column in zip(*parts, strict=True)))
+    rows = _Rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
     own = rows.inner / rows.squares
     tells = (rows.squares >= _TELLS**2) & (rows.grad_squares > 0)
     is_fitted = rows.squares < _ROUNDING**2
@@ -76,17 +93,40 @@ def measure_bends(
     if is_declared:
         fits |= is_fitted
     s = torch.where(fits & (logits.shape[-1] > 1), s, torch.nan)
-    return torch.stack([(s**3 * rows.along).sum(-1), (s**2 * rows.squares).sum(-1)], dim=-1), scale
+    sums = [pairs_sum(each.t()) for each in (s**3 * rows.along, s**2 * rows.squares)]
+    return torch.stack(sums, dim=-1), scale
 
 
 def _rows(logits: Tensor, grad: Tensor) -> _Rows:
-    p = torch.softmax(logits, dim=-1)
+    """One operation a rounding, in the order of ``csrc/cpu/bends-inl.h``."""
+    largest = grad.abs().amax(dim=-1, keepdim=True)
+    top = logits.amax(dim=-1, keepdim=True)
+    exponentials = _exp_nonpositive(logits - top)
+    p = exponentials / dot(exponentials, torch.ones_like(logits)).unsqueeze(-1)
     # The right class alone has a gradient below 0, or of exactly 0 where its probability has been rounded to 1.
-    tie_break = 1e-6 * grad.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    right = (grad - tie_break * p).argmin(dim=-1, keepdim=True)
-    r = p.scatter_add(-1, right, -torch.ones_like(p[..., :1]))
-    pr = p * r
-    return _Rows((grad * r).sum(-1), r.square().sum(-1), grad.square().sum(-1), (pr * r).sum(-1) - pr.sum(-1).square())
+    value = grad - (largest.clamp(min=torch.finfo(torch.float32).tiny) * 1e-6) * p
+    numbers = torch.arange(logits.shape[-1], device=logits.device)
+    is_least = value == value.amin(dim=-1, keepdim=True)
+    right = torch.where(is_least, numbers, logits.shape[-1] - 1).amin(dim=-1, keepdim=True)
+    r = torch.where(numbers == right, p - 1.0, p)
+    g, wide, pr = grad.double(), r.double(), (r * p).double()
+    mean = dot(pr, torch.ones_like(pr))
+    sums = torch.stack([dot(g, wide), dot(wide, wide), dot(g, g), dot(pr, wide) - mean * mean])
+    # A logit or a gradient that is not finite says nothing.
+    is_finite = (torch.isfinite(largest) & torch.isfinite(top)).squeeze(-1)
+    return _Rows(*torch.where(is_finite, sums, torch.nan))
+
+
+def _exp_nonpositive(x: Tensor) -> Tensor:
+    """``exp(x)`` for ``x <= 0`` by arithmetic alone, the same bits everywhere; 0 below the normal numbers."""
+    clamped = x.clamp(min=-87.0)
+    n = (clamped * 1.44269504).round()
+    r = (clamped - n * 0.693359375) - n * -2.12194440e-4
+    p = torch.full_like(x, 1.9841270e-4)
+    for coefficient in (1.3888889e-3, 8.3333333e-3, 4.1666667e-2, 1.6666667e-1, 0.5, 1.0, 1.0):
+        p = p * r + coefficient
+    power = ((n.to(torch.int32) + 127) << 23).view(torch.float32)
+    return torch.where(x < -87.0, 0.0, p * power)
 
 
 def curvature_weights(bends: Tensor) -> Tensor:

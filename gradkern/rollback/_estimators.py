@@ -13,16 +13,23 @@ from torch import nn
 from gradkern.errors import UnstableInfluenceError
 from gradkern.loss import Batch, LossFn, compute_loss
 from gradkern.rollback._deltas import read_deltas
+from gradkern.rollback._gauss_newton import GaussNewton
+from gradkern.rollback._metagradient import metagradient
 from gradkern.rollback._reading import read_segments
+from gradkern.rollback._replay import Replay, Replayer
 from gradkern.rollback._store import StoreReader
 from gradkern.rollback._subtraction import subtract_each
-from gradkern.rollback._sweep import NoCurvatureError, sweep
+from gradkern.rollback._sweep import EmpiricalFisher, NoCurvatureError, sweep
+from gradkern.rollback._trajectory import Trajectory
 
 __all__ = ["Scores", "query_gradients", "require_estimator", "score"]
 
 # Of the estimators that sweep, the share of the curvature that later steps are taken to have reacted with, by mode.
 _CURVATURE = {("direct", "run"): 0.0, ("ref", "run"): 1.0, ("ref", "expected"): 0.5}
-_KNOWN = (*_CURVATURE, ("paper", "run"))
+
+# Those that run the training again.
+_BY_REPLAY = (("gauss_newton", "run"), ("metagradient", "run"))
+_KNOWN = (*_CURVATURE, ("paper", "run"), *_BY_REPLAY)
 
 # Of influence on its way back to the first step. It fades in a sound run, to a tenth in a few hundred steps, and stays
 # where it is in a run of a few; where the estimator fails it grows twentyfold and more.
@@ -49,38 +56,82 @@ def score(
     loss_fn: LossFn | None,
     estimator: str | None,
     mode: str,
+    replay: Replay | None,
 ) -> Scores:
     """Score every recorded sample for each query; see :meth:`gradkern.rollback.Ledger.explain`.
 
     Three calls below the user's, so that warnings point at the line that asked.
     """
     asked_for = "ref" if estimator is None else estimator
-    require_estimator(asked_for, mode)
+    require_estimator(asked_for, mode, replay)
+    if replay is not None:
+        replayer = Replayer(store, model, replay, otherwise="estimator='ref' or 'direct'")
+        return _score_by_replay(store, model, queries, loss_fn, asked_for, replayer)
     layout = store.layout
     owned = layout.owned(layout.trained_parameters(model))
     if asked_for == "paper":
         return _subtracted(store, model, owned, queries, loss_fn)
-    each = [query_gradients(model, owned, query, loss_fn) for query in queries]
-    gradients = {index: torch.stack([gradient.pop(index) for gradient in each]) for index in owned}
-    curvature = _CURVATURE[asked_for, mode]
+    gradients = _stacked_gradients(model, owned, queries, loss_fn)
+    share = _CURVATURE[asked_for, mode]
+    curvature = EmpiricalFisher(share) if share else None
     try:
         found = sweep(layout, gradients, read_segments(store, backwards=True), curvature)
     except NoCurvatureError as error:
         if estimator is not None or mode != "run":
             raise
         warnings.warn(f"{error}, whose scores these are", stacklevel=4)
-        curvature = _CURVATURE["direct", mode]
-        found = sweep(layout, gradients, read_segments(store, backwards=True), curvature)
-    if curvature:
-        _require_fading(found.growth)
+        share = _CURVATURE["direct", mode]
+        found = sweep(layout, gradients, read_segments(store, backwards=True), None)
+    if share:
+        _require_fading(found.growth, asked_for)
     return Scores(found.ids, found.scores)
 
 
-def require_estimator(estimator: str, mode: str) -> None:
-    """Raise ``ValueError`` where there is no such estimator, or not in this mode."""
+def require_estimator(estimator: str, mode: str, replay: Replay | None) -> None:
+    """Raise ``ValueError`` where there is no such estimator, or not in this mode, or not with what was given."""
     if (estimator, mode) not in _KNOWN:
         known = ", ".join(f"estimator={each!r} with mode={other!r}" for each, other in _KNOWN)
         raise ValueError(f"there are {known}; got estimator={estimator!r} with mode={mode!r}")
+    needs_replay = (estimator, mode) in _BY_REPLAY
+    if needs_replay and replay is None:
+        raise ValueError(
+            f"estimator={estimator!r} runs the training again and needs replay=Replay(fetch, make_optimizer, loss_fn), "
+            f"got None; estimator='ref' and 'direct' need none"
+        )
+    if replay is not None and not needs_replay:
+        raise ValueError(
+            f"estimator={estimator!r} does not run the training again, got replay=; leave it away, or ask for "
+            f"estimator='gauss_newton' or 'metagradient'"
+        )
+
+
+def _score_by_replay(
+    store: StoreReader,
+    model: nn.Module,
+    queries: list[Batch],
+    loss_fn: LossFn | None,
+    estimator: str,
+    replayer: Replayer,
+) -> Scores:
+    layout = store.layout
+    trained = layout.trained_parameters(model)
+    if estimator == "metagradient":
+        gradients = _stacked_gradients(model, dict(enumerate(trained)), queries, loss_fn)
+        named = {layout.parameters[index].name: each for index, each in gradients.items()}
+        return Scores(*metagradient(model, named, replayer))
+    gradients = _stacked_gradients(model, layout.owned(trained), queries, loss_fn)
+    curvature = GaussNewton(layout, Trajectory(replayer))
+    found = sweep(layout, gradients, read_segments(store, backwards=True), curvature)
+    _require_fading(found.growth, estimator)
+    return Scores(found.ids, found.scores)
+
+
+def _stacked_gradients(
+    model: nn.Module, parameters: dict[int, nn.Parameter], queries: list[Batch], loss_fn: LossFn | None
+) -> dict[int, torch.Tensor]:
+    """Gradients of all queries, by parameter, shape ``(queries, *parameter)``."""
+    each = [query_gradients(model, parameters, query, loss_fn) for query in queries]
+    return {index: torch.stack([gradient.pop(index) for gradient in each]) for index in parameters}
 
 
 def _subtracted(
@@ -114,14 +165,14 @@ def query_gradients(
     }
 
 
-def _require_fading(growth: torch.Tensor) -> None:
+def _require_fading(growth: torch.Tensor, estimator: str) -> None:
     """Raise where influence got larger on its way back."""
     failed = ~(growth <= _MOST_GROWTH)
     if bool(failed.any()):
         raise UnstableInfluenceError(
             f"influence grew {float(growth[failed].nan_to_num(torch.inf).max()):.3g}-fold on its way from the last "
             f"step to the first ({int(failed.sum())} of {len(growth)} queries; it should fade), so that scores of "
-            "estimator='ref' would be noise: steps were too large for the curvature of the loss. Use "
+            f"estimator={estimator!r} would be noise: steps were too large for the curvature of the loss. Use "
             "estimator='direct', or record a run with a smaller learning rate",
             growth=tuple(growth.tolist()),
         )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gradkern.rollback._records import EmbeddingRecord, MatrixRecord, VectorRecord
+from gradkern.rollback._records import EmbeddingRecord, MatrixRecord, Record, VectorRecord
 from gradkern.rollback._reduce import dequantize_rows
 
-__all__ = ["Fidelity", "embedding_fidelity", "matrix_fidelity", "vector_fidelity"]
+__all__ = ["Comparison", "Fidelity"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,33 +27,41 @@ class Fidelity:
     record_sq: float
 
 
-def matrix_fidelity(rows: torch.Tensor, columns: torch.Tensor, record: MatrixRecord) -> Fidelity:
-    """Compare one sample's ``rowsᵀ @ columns``, shapes ``(T, K)`` and ``(T, D)``, with the first entry."""
-    left = dequantize_rows(record.left[0], record.left_scale[0])
-    right = dequantize_rows(record.right[0], record.right_scale[0])
-    return Fidelity(
-        exact_sq=float(((rows @ rows.t()) * (columns @ columns.t())).sum()),
-        inner=float(((left @ rows.t()) * (right @ columns.t())).sum()),
-        record_sq=float(((left @ left.t()) * (right @ right.t())).sum()),
-    )
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A sample's gradient as it was, kept until there is time to compare it with its record.
 
+    Attributes:
+        record: Of which the first entry is compared.
+        exact: Of a matrix its two factors, shapes ``(T, K)`` and ``(T, D)``; of an embedding the gradients of its
+            rows, shape ``(u, columns)``; of a vector rows that add up to it, shape ``(T, K)``. Copies.
+    """
 
-def embedding_fidelity(merged: torch.Tensor, record: EmbeddingRecord) -> Fidelity:
-    """Compare the gradients of one sample's rows, shape ``(u, columns)``, with the record's first entry."""
-    left = dequantize_rows(record.left[0], record.left_scale[0])
-    right = dequantize_rows(record.right[0], record.right_scale[0])
-    return Fidelity(
-        exact_sq=float(merged.square().sum()),
-        inner=float(((left @ merged) * right).sum()),
-        record_sq=float(((left @ left.t()) * (right @ right.t())).sum()),
-    )
+    record: Record
+    exact: tuple[torch.Tensor, ...]
 
+    @classmethod
+    def of(cls, record: Record, *batches: torch.Tensor) -> Comparison:
+        """Of the first sample of each of ``batches``, shape ``(B, ...)``."""
+        return cls(record, tuple(batch[0].detach().clone() for batch in batches))
 
-def vector_fidelity(gradient: torch.Tensor, record: VectorRecord) -> Fidelity:
-    """Compare one sample's gradient, shape ``(numel,)``, with the record's first entry."""
-    recorded = dequantize_rows(record.value[0], record.scale[0])
-    return Fidelity(
-        exact_sq=float(gradient.square().sum()),
-        inner=float(gradient @ recorded),
-        record_sq=float(recorded.square().sum()),
-    )
+    def measure(self) -> Fidelity:
+        """Compare, in host memory."""
+        record, exact = self.record.cpu(), [tensor.cpu() for tensor in self.exact]
+        if isinstance(record, VectorRecord):
+            gradient, recorded = exact[0].sum(dim=0), dequantize_rows(record.value[0], record.scale[0])
+            products = gradient @ gradient, gradient @ recorded, recorded @ recorded
+            return Fidelity(*(float(product) for product in products))
+        if not isinstance(record, (MatrixRecord, EmbeddingRecord)):
+            raise TypeError(f"records of {type(record).__name__} are compared nowhere")
+        left = dequantize_rows(record.left[0], record.left_scale[0])
+        right = dequantize_rows(record.right[0], record.right_scale[0])
+        record_sq = float(((left @ left.t()) * (right @ right.t())).sum())
+        if len(exact) == 1:
+            return Fidelity(float(exact[0].square().sum()), float(((left @ exact[0]) * right).sum()), record_sq)
+        rows, columns = exact
+        return Fidelity(
+            exact_sq=float(((rows @ rows.t()) * (columns @ columns.t())).sum()),
+            inner=float(((left @ rows.t()) * (right @ columns.t())).sum()),
+            record_sq=record_sq,
+        )

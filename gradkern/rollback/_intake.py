@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gradkern.errors import LedgerError
-from gradkern.rollback._conservation import Shadows
-from gradkern.rollback._curvature import curvature_weights, measure_bends
-from gradkern.rollback._fidelity import Fidelity, embedding_fidelity, matrix_fidelity, vector_fidelity
+from gradkern.ops._registry import backend_for
+from gradkern.rollback._curvature import measure_bends
+from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._ownership import OwnedLayer, Ownership
+from gradkern.rollback._packing import Block, Shape, packing_of, unpack
 from gradkern.rollback._records import EmbeddingRecord, MatrixRecord, Record, VectorRecord
-from gradkern.rollback._reduce import low_rank_matrix, low_rank_product, quantize_rows
+from gradkern.rollback._reduce import reduce_matrix, reduce_vector
+from gradkern.rollback._shadows import Shadows
 
 __all__ = ["Intake", "Visits"]
 
@@ -25,34 +28,49 @@ class Visits:
     Attributes:
         ids: The sample ids of each micro-batch.
         states: Of each, the state of torch's generator before it; empty where those are not kept.
-        records: ``(stream, record)``; a record's ``visit`` counts from the first row of ``ids``.
-        fidelity: ``(stream, comparison)`` for the samples that were compared exactly.
+        blocks: Records that are packed; a record's ``visit`` counts from the first row of ``ids``.
+        records: ``(stream, record)``, likewise.
+        comparisons: ``(stream, comparison)`` for the samples that are compared exactly.
         bends: Numbers of visits, and what :func:`~gradkern.rollback._curvature.measure_bends` found for them.
     """
 
     ids: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     records: list[tuple[int, Record]] = field(default_factory=list)
-    fidelity: list[tuple[int, Fidelity]] = field(default_factory=list)
+    comparisons: list[tuple[int, Comparison]] = field(default_factory=list)
     bends: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    blocks: list[Block] = field(default_factory=list)
 
     @property
     def count(self) -> int:
         """Number of visits."""
         return sum(len(ids) for ids in self.ids)
 
-    def curvature(self) -> Tensor:
-        """The curvature weight of every visit, fp32; NaN where none was found."""
-        sums = torch.full((self.count, 2), torch.nan, dtype=torch.float64)
-        for numbers, _ in self.bends:
-            sums[numbers] = 0.0
-        for numbers, bends in self.bends:
-            sums.index_add_(0, numbers, bends.cpu())
-        return curvature_weights(sums)
-
     def nbytes(self) -> int:
         """Bytes of all records."""
-        return sum(record.nbytes() for _, record in self.records)
+        packed = sum(block.content.nbytes for block in self.blocks)
+        return packed + sum(record.nbytes() for _, record in self.records)
+
+
+@dataclass(slots=True)
+class _Matrix:
+    """What a layer handed over of a matrix."""
+
+    layer: OwnedLayer
+    shape: Shape
+    rows: Tensor
+    columns: Tensor
+    weight_grad: Tensor
+    bias_grad: Tensor | None
+
+
+# Bytes of factors and gradients that may wait for the end of a backward pass. Small layers are reduced faster together;
+# large ones should not be kept.
+_MOST_WAITING = 1 << 18
+
+# Of csrc/rollback_ops.cpp, beside 1: the sum is overwritten.
+_HAS_BIAS, _OVERWRITE_BIAS = 2, 4
 
 
 class Intake:
@@ -86,9 +104,13 @@ class Intake:
         self.scale: float | None = None
         self._ids: Tensor | None = None
         self._state: Tensor | None = None
-        self._first_visit: int | None = None
+        self._numbers: Tensor | None = None
         self._compare = False
         self._visits = Visits()
+        self._waiting: list[_Matrix] = []
+        self._waiting_bytes = 0
+        self._is_called_back = False
+        self._device = ownership.parameters[0].device if ownership.parameters else torch.device("cpu")
 
     @property
     def active(self) -> bool:
@@ -108,15 +130,16 @@ class Intake:
             compare: Whether to measure the first sample's compression exactly.
             state: Of torch's generator, to keep.
         """
-        self._ids, self._first_visit, self._compare, self._state = ids, None, compare, state
+        self._ids, self._numbers, self._compare, self._state = ids, None, compare, state
 
     def end(self) -> None:
         """Attribute nothing any more."""
+        self._reduce_waiting()  # what a backward pass left that did not end
         self._ids = None
 
     def take(self) -> Visits:
         """Hand over everything since the last call."""
-        visits, self._visits, self._first_visit = self._visits, Visits(), None
+        visits, self._visits, self._numbers = self._visits, Visits(), None
         return visits
 
     def nbytes(self) -> int:
@@ -140,17 +163,121 @@ class Intake:
         self._require_unambiguous(layer, ids, samples)
         return output
 
-    def take_matrix(self, layer: OwnedLayer, rows: Tensor, columns: Tensor, weight_grad: Tensor) -> None:
+    def take_matrix(
+        self,
+        layer: OwnedLayer,
+        rows: Tensor,
+        columns: Tensor,
+        weight_grad: Tensor,
+        bias_grad: Tensor | None = None,
+    ) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         if layer.weight is None:
+            if bias_grad is not None:
+                self.take_bias(layer, rows, bias_grad)
             return
-        rows, columns = self._per_sample(layer, rows), self._per_sample(layer, columns)
-        self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
-        left, right = low_rank_product(rows, columns, self._starts[layer.weight])
-        record = MatrixRecord(self._visit_numbers(layer), *quantize_rows(left), *quantize_rows(right))
-        self._visits.records.append((layer.weight, record))
+        self._visit_numbers(layer)
+        matrix = _Matrix(
+            layer=layer,
+            shape=Shape(
+                stream=layer.weight,
+                bias_stream=-1 if bias_grad is None or layer.bias is None else layer.bias,
+                tokens=self._tokens(layer, rows),
+                rank=len(self._starts[layer.weight]),
+                height=rows.shape[-1],
+                width=columns.shape[-1],
+            ),
+            rows=rows,
+            columns=columns,
+            weight_grad=weight_grad,
+            bias_grad=bias_grad,
+        )
+        if not self._waiting and not self._is_called_back:
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce_waiting)
+            self._is_called_back = True
+        self._waiting.append(matrix)
+        self._waiting_bytes += rows.nbytes + columns.nbytes + weight_grad.nbytes
+        if self._waiting_bytes > _MOST_WAITING:
+            self._reduce_all()
+
+    def _add_matrix(self, visit: Tensor, matrix: _Matrix) -> None:
+        """By torch, record by record."""
+        layer, shape = matrix.layer, matrix.shape
+        rows, columns = self._per_sample(layer, matrix.rows), self._per_sample(layer, matrix.columns)
+        self._shadows.add_gradient(self._streams[shape.stream].parameter, matrix.weight_grad)
+        record = MatrixRecord(visit, *reduce_matrix(rows, columns, self._starts[shape.stream]))
+        self._visits.records.append((shape.stream, record))
         if self._compare:
-            self._visits.fidelity.append((layer.weight, matrix_fidelity(rows[0], columns[0], record)))
+            self._visits.comparisons.append((shape.stream, Comparison.of(record, rows, columns)))
+        if matrix.bias_grad is not None and shape.bias_stream >= 0:
+            self._shadows.add_gradient(self._streams[shape.bias_stream].parameter, matrix.bias_grad)
+            self._add_vector(shape.bias_stream, VectorRecord(visit, *reduce_vector(rows)), rows)
+
+    def _reduce_waiting(self) -> None:
+        """At the end of a backward pass."""
+        self._is_called_back = False
+        self._reduce_all()
+
+    @torch.no_grad()
+    def _reduce_all(self) -> None:
+        """Reduce all matrices that wait."""
+        if not self._waiting:
+            return
+        matrices, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        visit = self._visit_numbers(matrices[0].layer)
+        if backend_for("record", self._device) == "native":
+            self._add_block(visit, matrices)
+            return
+        for matrix in matrices:
+            self._add_matrix(visit, matrix)
+
+    def _add_block(self, visit: Tensor, matrices: Sequence[_Matrix]) -> None:
+        """In one native call."""
+        packing = packing_of(len(visit), tuple(matrix.shape for matrix in matrices))
+        content = torch.empty(packing.nbytes, dtype=torch.uint8)
+        rows = [matrix.rows.contiguous() for matrix in matrices]
+        columns = [matrix.columns.contiguous() for matrix in matrices]
+        weight_grads = [matrix.weight_grad.contiguous() for matrix in matrices]
+        weight_sums, bias_grads, bias_sums, flags = [], [], [], []
+        for matrix, weight_grad in zip(matrices, weight_grads, strict=True):
+            shape = matrix.shape
+            weight_sum, is_fresh = self._shadows.to_add_to(self._streams[shape.stream].parameter)
+            bias_grad, bias_sum, flag = weight_grad, weight_sum, int(is_fresh)
+            if matrix.bias_grad is not None and shape.bias_stream >= 0:
+                bias_sum, is_fresh = self._shadows.to_add_to(self._streams[shape.bias_stream].parameter)
+                bias_grad, flag = matrix.bias_grad.contiguous(), flag | _HAS_BIAS | (_OVERWRITE_BIAS * is_fresh)
+            weight_sums.append(weight_sum)
+            bias_grads.append(bias_grad)
+            bias_sums.append(bias_sum)
+            flags.append(flag)
+        torch.ops.gradkern._record_matrices_(
+            rows,
+            columns,
+            [self._starts[matrix.shape.stream] for matrix in matrices],
+            weight_grads,
+            weight_sums,
+            bias_grads,
+            bias_sums,
+            flags,
+            packing.offsets,
+            packing.samples,
+            content,
+        )
+        block = Block(packing, visit, content)
+        self._visits.blocks.append(block)
+        if self._compare:
+            self._compare_block(block, matrices)
+
+    def _compare_block(self, block: Block, matrices: Sequence[_Matrix]) -> None:
+        by_stream = dict(unpack([block]))
+        for matrix in matrices:
+            shape, rows = matrix.shape, self._per_sample(matrix.layer, matrix.rows)
+            columns = self._per_sample(matrix.layer, matrix.columns)
+            weight = Comparison.of(by_stream[shape.stream], rows, columns)
+            self._visits.comparisons.append((shape.stream, weight))
+            if shape.bias_stream >= 0:
+                bias = Comparison.of(by_stream[shape.bias_stream], rows)
+                self._visits.comparisons.append((shape.bias_stream, bias))
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
@@ -165,26 +292,24 @@ class Intake:
         # Not the sum over samples: an attention key's bias has a gradient of zero up to rounding, which Adam scales to
         # full steps; only the same rounding leads to the same parameter.
         self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
-        self._add_vector(layer, layer.bias, self._per_sample(layer, grad).sum(dim=1))
+        rows = self._per_sample(layer, grad)
+        self._add_vector(layer.bias, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
     def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         if layer.weight is None:
             return
-        grads = self._per_sample(layer, grads.flatten(1)).sum(dim=1)
+        rows = self._per_sample(layer, grads.flatten(1))
         self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
-        self._add_vector(layer, layer.weight, grads)
+        self._add_vector(layer.weight, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
     def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         grad, normalised = self._per_sample(layer, grad), self._per_sample(layer, normalised)
-        for stream, gradients in (
-            (layer.weight, (grad * normalised).sum(dim=1)),
-            (layer.bias, grad.sum(dim=1)),
-        ):
+        for stream, rows in ((layer.weight, grad * normalised), (layer.bias, grad)):
             if stream is not None:
-                self._shadows.add_gradient(self._streams[stream].parameter, gradients.sum(dim=0))
-                self._add_vector(layer, stream, gradients)
+                self._shadows.add_gradient(self._streams[stream].parameter, rows.sum(dim=1).sum(dim=0))
+                self._add_vector(stream, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
     def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
@@ -195,38 +320,41 @@ class Intake:
             self._streams[layer.weight].parameter, ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
         )
         index, merged = _merge_equal(ids, grad)
-        left, right = low_rank_matrix(merged, self._starts[layer.weight])
-        record = EmbeddingRecord(
-            self._visit_numbers(layer), index.to(torch.int32), *quantize_rows(left), *quantize_rows(right)
-        )
+        reduced = reduce_matrix(None, merged, self._starts[layer.weight])
+        record = EmbeddingRecord(self._visit_numbers(layer), index.to(torch.int32), *reduced)
         self._visits.records.append((layer.weight, record))
         if self._compare:
-            self._visits.fidelity.append((layer.weight, embedding_fidelity(merged[0], record)))
+            self._visits.comparisons.append((layer.weight, Comparison.of(record, merged)))
 
-    def _add_vector(self, layer: OwnedLayer, stream: int, gradients: Tensor) -> None:
-        record = VectorRecord(self._visit_numbers(layer), *quantize_rows(gradients))
+    def _add_vector(self, stream: int, record: VectorRecord, rows: Tensor) -> None:
         self._visits.records.append((stream, record))
         if self._compare:
-            self._visits.fidelity.append((stream, vector_fidelity(gradients[0], record)))
+            self._visits.comparisons.append((stream, Comparison.of(record, rows)))
 
     def _visit_numbers(self, layer: OwnedLayer) -> Tensor:
         """The numbers of the current micro-batch's rows among the visits since the last step."""
         ids = self._require_ids(layer)
-        if self._first_visit is None:
-            self._first_visit = self._visits.count
+        if self._numbers is None:
+            first = self._visits.count
             self._visits.ids.append(ids)
             if self._state is not None:
                 self._visits.states.append(self._state)
-        return torch.arange(self._first_visit, self._first_visit + len(ids), dtype=torch.int32)
+            self._numbers = torch.arange(first, first + len(ids), dtype=torch.int32)
+        return self._numbers
 
     def _per_sample(self, layer: OwnedLayer, tensor: Tensor) -> Tensor:
         """View ``(B, ..., N)`` or sample-major ``(B * T, N)`` as ``(B, T, N)``."""
+        tokens = self._tokens(layer, tensor)
+        return tensor.reshape(-1, tokens, tensor.shape[-1])
+
+    def _tokens(self, layer: OwnedLayer, tensor: Tensor) -> int:
+        """How many rows every sample has, of ``(B, ..., N)`` or sample-major ``(B * T, N)``."""
         samples = len(self._require_ids(layer))
         leading = tensor.shape[:-1]
         if len(leading) == 1 and leading[0] > 0 and leading[0] % samples == 0:
-            return tensor.reshape(samples, -1, tensor.shape[-1])
+            return leading[0] // samples
         if len(leading) > 1 and leading[0] == samples:
-            return tensor.reshape(samples, -1, tensor.shape[-1])
+            return leading[1:].numel()
         raise LedgerError(
             f"record: layer {layer.name!r} saw rows of shape {tuple(leading)} for {samples} sample ids; "
             f"expected the first dimension to be the {samples} samples, or one dimension of a multiple of "

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from gradkern.rollback._conservation import Balance, balance
 from gradkern.rollback._estimators import Scores, require_estimator, score
 from gradkern.rollback._reading import read_segments, recorded_ids
 from gradkern.rollback._replay import Replay, Replayer
+from gradkern.rollback._rewind import State, StatefulOptimizer, choose_step, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._store import StoreReader
@@ -115,6 +117,7 @@ class Ledger:
         loss_fn: LossFn | None = None,
         estimator: str | None = None,
         mode: str = "run",
+        replay: Replay | None = None,
     ) -> list[Influence]:
         """Name the training samples that lowered a query's loss most.
 
@@ -128,21 +131,32 @@ class Ledger:
                 reweighted empirical Fisher matrix of their samples; for losses that are a cross-entropy.
                 ``"direct"``: without the reaction. ``"paper"``: without it too, by taking what the sample added off the
                 parameters and evaluating the loss again, so for losses without a gradient as well; reads the ledger
-                once and then once more for every 256 MiB of what all samples added. None takes ``"ref"``, and for
-                ``mode="run"`` with a warning ``"direct"`` where the ledger lacks what ``"ref"`` needs.
+                once and then once more for every 256 MiB of what all samples added. ``"gauss_newton"``: as ``"ref"``,
+                with the reaction by the Gauss-Newton matrix of every batch's loss, for any loss, by running the
+                training again. ``"metagradient"``: the exact derivative of the query's loss by the weights that the
+                sample's rows had in the losses of the run, by running the training again; of Adam, AdamW and SGD. None
+                takes ``"ref"``, and for ``mode="run"`` with a warning ``"direct"`` where the ledger lacks what
+                ``"ref"`` needs.
             mode: ``"run"``: what would have become of this very run, same order and same start. ``"expected"``: of
                 runs like it on average, by half of the reaction; ``"ref"`` alone.
+            replay: For ``"gauss_newton"`` and ``"metagradient"``, and for no other: how to train, of a ledger recorded
+                with ``replayable=True``.
 
         Returns:
             At most ``k`` influences, the most helpful first.
 
         Raises:
-            ValueError: ``k`` is below 1, there is no such ``estimator`` or ``mode``, or the loss depends on no recorded
-                parameter.
-            LedgerError: ``model`` is another model or has other parameter values, a file is damaged, or the ledger
-                lacks what the estimator that was asked for needs.
-            UnstableInfluenceError: Influence grew on its way back to the first step, so that what ``"ref"`` found is
-                noise; or without what a sample added the loss of ``"paper"`` is not finite.
+            ValueError: ``k`` is below 1, there is no such ``estimator`` or ``mode``, ``replay`` is missing or given in
+                vain, or the loss depends on no recorded parameter.
+            TypeError: For ``replay``: the model returns neither a tensor nor ``.logits``.
+            LedgerError: ``model`` is another model or has other parameter values, a file is damaged, the ledger
+                lacks what the estimator that was asked for needs, ``replay`` gives other parameters than were recorded,
+                the loss of the run does not come from the model's output alone, or the run is one that
+                ``"metagradient"`` cannot differentiate (another optimizer or clip policy, buffers that training
+                changed, a loss that is no sum over samples).
+            UnstableInfluenceError: Influence grew on its way back to the first step; what ``"ref"`` or
+                ``"gauss_newton"`` found is noise. Or a ``"metagradient"``, or the loss without what
+                a sample added, is not finite.
 
         Numerics:
             fp32 sums over the parameters in host memory, fp64 over steps. The preconditioner is smoothed to rows and
@@ -150,7 +164,7 @@ class Ledger:
         """
         if k < 1:
             raise ValueError(f"explain: k must be at least 1, got {k}")
-        found = self._score(model, [query], loss_fn, estimator, mode)
+        found = self._score(model, [query], loss_fn, estimator, mode, replay)
         # Stable: of equal scores the smaller id comes first, whatever k is.
         scores, positions = found.scores[0].sort(descending=True, stable=True)
         best = zip(found.ids[positions[:k]].tolist(), scores[:k].tolist(), strict=True)
@@ -164,13 +178,17 @@ class Ledger:
         loss_fn: LossFn | None = None,
         estimator: str | None = None,
         mode: str = "run",
+        replay: Replay | None = None,
     ) -> Scores:
         """Score every recorded sample; arguments and errors as for :meth:`explain`.
 
         Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
         recorded parameter's size for each query; the time is mostly that of reading where queries are few. ``"paper"``
         evaluates every query once for each sample instead, many samples at a time where ``torch.func.vmap`` can run
-        the model and ``loss_fn``.
+        the model and ``loss_fn``. With
+        ``replay`` it is four to seven tensors and the activations of a micro-batch for each query, and the training is
+        run once before that, or twice where what its steps started from takes more than 256 MiB, of which then about
+        twice the square root of their number are held.
 
         Args:
             model: See there; likewise what follows.
@@ -178,21 +196,28 @@ class Ledger:
             loss_fn: See there.
             estimator: See there.
             mode: See there.
+            replay: See there.
         """
         if not isinstance(query, list):
-            found = self._score(model, [query], loss_fn, estimator, mode)
+            found = self._score(model, [query], loss_fn, estimator, mode, replay)
             return Scores(found.ids, found.scores[0])
         if not query:
             raise ValueError("scores: the list of queries is empty, expected at least one batch")
-        return self._score(model, query, loss_fn, estimator, mode)
+        return self._score(model, query, loss_fn, estimator, mode, replay)
 
     def _score(
-        self, model: nn.Module, queries: list[Batch], loss_fn: LossFn | None, estimator: str | None, mode: str
+        self,
+        model: nn.Module,
+        queries: list[Batch],
+        loss_fn: LossFn | None,
+        estimator: str | None,
+        mode: str,
+        replay: Replay | None,
     ) -> Scores:
         """One call below :meth:`explain` and :meth:`scores` alike, so that warnings point at the user's line."""
-        require_estimator("ref" if estimator is None else estimator, mode)
+        require_estimator("ref" if estimator is None else estimator, mode, replay)
         self._require_recorded_values(self._layout.trained_parameters(model))
-        return score(self._store, model, queries, loss_fn, estimator, mode)
+        return score(self._store, model, queries, loss_fn, estimator, mode, replay)
 
     def undo(
         self,
@@ -245,7 +270,7 @@ class Ledger:
         if method == "exact":
             if replay is None:
                 raise ValueError("undo: method='exact' trains again and needs replay=Replay(fetch, make_optimizer)")
-            replayer = Replayer(self._store, model, replay)
+            replayer = Replayer(self._store, model, replay, otherwise="method='fast'")
             told = progress or _untold
             replayer.check(lambda step, total: told(step, 2 * total))
             return Undone(replayer.train(forgotten, lambda step, total: told(total + step, 2 * total)), "exact")
@@ -257,6 +282,45 @@ class Ledger:
         changes, growth = propagate(self._layout, owned, read_segments(self._store), forgotten)
         named = {self._layout.parameters[index].name: change for index, change in changes.items()}
         return apply_change(model, named, growth, probe, share)
+
+    def rewind(self, model: nn.Module, optimizer: StatefulOptimizer, *, steps: int) -> dict[str, Any]:
+        """Go back to one of the last steps of a recording that was closed, from the states that it kept.
+
+        The same as :meth:`Recorder.rewind` for a recording that has ended, by an exception say, also in a new process::
+
+            resume = ledger.rewind(model, optimizer, steps=3)
+            recorder = gk.rollback.record(model, optimizer, path, resume=resume)
+
+        The ledger is left as it is; ``record`` takes out what it holds of later steps.
+
+        Args:
+            model: Of the recorded configuration; its trained parameters and its buffers are changed. Parameters that
+                were not trained must be those of the run.
+            optimizer: Made as for the recording; its state is changed, its options are not.
+            steps: How many of the ledger's steps to take back, at most ``rewind`` of ``record``; 0 gives the end.
+
+        Returns:
+            What ``record(..., resume=)`` needs to go on from there.
+
+        Raises:
+            LedgerError: The recording kept no states, or was killed before it could write them, or not that one;
+                ``model`` or ``optimizer`` are not the recorded ones, or a file is damaged. Nothing has been changed
+                then.
+            ValueError: ``steps`` is negative, or the optimizer clips by another policy. Likewise.
+        """
+        parameters = self._layout.trained_parameters(model)
+        named = {info.name: each for info, each in zip(self._layout.parameters, parameters, strict=True)}
+        kept = {entry.end_step: entry for entry in self._store.files if entry.role == "state"}
+        if not kept:
+            raise LedgerError(
+                "rewind: the ledger has no states to go back to: it was recorded without rewind=, or killed before "
+                "close(); load a checkpoint of your own"
+            )
+        wanted = choose_step("rewind", self.steps, steps, list(kept))
+        state = State.from_file(wanted, self._store.load(kept[wanted]))
+        require_restorable(state, optimizer, named)
+        restore(state, model, optimizer, named)
+        return state.resume(self._store.facts.get("ledger_id"), self._layout)
 
     def conservation(self, model: nn.Module) -> Balance:
         """Recompute how well the recorded changes add up to the model's, from the files and the model.

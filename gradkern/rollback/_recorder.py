@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 
 from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
-from gradkern.rollback._conservation import Shadows
+from gradkern.rollback._cut import resume_store
 from gradkern.rollback._intake import Intake, Visits
 from gradkern.rollback._ownership import claim
-from gradkern.rollback._records import Record
+from gradkern.rollback._packing import unpack
 from gradkern.rollback._replay_log import StepLog, describe_options, digest_model
+from gradkern.rollback._rewind import States, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
-from gradkern.rollback._segment import StepRecord, StepScalars
-from gradkern.rollback._smoothing import smooth
+from gradkern.rollback._segment import StepRecord
+from gradkern.rollback._shadows import Applied, Shadows
 from gradkern.rollback._store import Closing, StoreWriter
 from gradkern.rollback._writer import Writer
 from gradkern.step_event import ParamStep, StepEvent, StepEventSource
@@ -33,6 +35,9 @@ __all__ = ["RecordableOptimizer", "Recorder", "record"]
 
 # Every so many steps the first sample of each micro-batch is compared exactly with its compressed record.
 _COMPARE_EVERY = 8
+
+# The scalars of a parameter that a step left alone.
+_LEFT_ALONE = (math.nan,) * 5
 
 # Of what state_dict() gives.
 _STATE = {"ledger_id", "steps", "optimizer_steps", "parameter_digest", "scale", "sums"}
@@ -58,11 +63,12 @@ def record(
     path: str | os.PathLike[str],
     *,
     rank: int = 2,
-    steps_per_segment: int = 10,
+    steps_per_segment: int | None = None,
     unowned: Sequence[str] = (),
     shared_inputs: Sequence[str] = (),
     output: str | None = None,
     replayable: bool = False,
+    rewind: int = 0,
     on_write_error: Literal["raise", "stop"] = "raise",
     resume: Mapping[str, Any] | None = None,
 ) -> Recorder:
@@ -80,7 +86,8 @@ def record(
         rank: Directions kept of a sample's gradient of a matrix. A sample with at most ``rank`` rows (tokens)
             is kept exactly. Bytes per visit grow with it.
         steps_per_segment: Optimizer steps per file, written while the next ones are recorded; where writing is slower
-            than training, training waits. A crash loses at most twice so many steps.
+            than training, training waits. A crash loses at most twice so many steps. None for as many as make a
+            megabyte, at least 10 and at most 1,000.
         unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as BatchNorm's.
         shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
             a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.
@@ -94,6 +101,9 @@ def record(
         replayable: Keep what running the training again needs: the micro-batches, the state of torch's generator before
             each (5 kB where random numbers are drawn), the optimizer's options, the model's buffers at the start.
             For a model on the CPU. Forward must run inside :meth:`Recorder.batch`.
+        rewind: How many steps :meth:`Recorder.rewind` can go back. Takes ``rewind + 1`` times the bytes of parameters,
+            buffers, the optimizer's state and two fp32 tensors of every recorded parameter's size, in host memory, and
+            a copy of all that after every step. :meth:`Recorder.close` writes them to the ledger.
         on_write_error: What a step does when the ledger cannot be written (a full disk): ``"raise"`` the error from
             ``optimizer.step()``, made by then, and keep the records, which are written as soon as that works; or
             ``"stop"`` recording with a warning while training goes on. The ledger stays valid either way.
@@ -111,9 +121,9 @@ def record(
         LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already. With
             ``resume``: ``path`` is not the ledger that it belongs to or lacks steps before it, something records there,
             or the parameters or the optimizer's steps are not those of the checkpoint. Nothing is changed then.
-        ValueError: ``rank`` or ``steps_per_segment`` is below 1; ``on_write_error`` is neither; ``output`` names no
-            recorded Linear; a trained parameter can neither be recorded nor is in ``unowned``; a pattern matches
-            nothing.
+        ValueError: ``rank`` or ``steps_per_segment`` is below 1, ``rewind`` below 0; ``on_write_error`` is neither;
+            ``output`` names no recorded Linear; a trained parameter can neither be recorded nor is in ``unowned``; a
+            pattern matches nothing.
         TypeError: A trained parameter is not fp32, or the optimizer reports no steps.
         ImportError: safetensors is not installed.
 
@@ -122,9 +132,9 @@ def record(
         >>> with recorder.batch(ids):                           # doctest: +SKIP
         ...     loss_fn(model(inputs), targets).backward()
     """
-    for name, value in (("rank", rank), ("steps_per_segment", steps_per_segment)):
-        if operator.index(value) < 1:
-            raise ValueError(f"record: {name} must be at least 1, got {value}")
+    for name, value, least in (("rank", rank, 1), ("steps_per_segment", steps_per_segment, 1), ("rewind", rewind, 0)):
+        if value is not None and operator.index(value) < least:
+            raise ValueError(f"record: {name} must be at least {least}, got {value}")
     if on_write_error not in ("raise", "stop"):
         raise ValueError(f"record: on_write_error must be 'raise' or 'stop', got {on_write_error!r}")
     if not hasattr(optimizer, "register_step_event_hook"):
@@ -147,6 +157,7 @@ def record(
         shared_inputs,
         output,
         replayable=replayable,
+        rewind=rewind,
         stops=on_write_error == "stop",
         resume=resume,
     )
@@ -165,12 +176,13 @@ class Recorder:
         optimizer: RecordableOptimizer,
         path: Path,
         rank: int,
-        steps_per_segment: int,
+        steps_per_segment: int | None,
         unowned: Sequence[str],
         shared_inputs: Sequence[str],
         output: str | None,
         *,
         replayable: bool,
+        rewind: int,
         stops: bool,
         resume: Mapping[str, Any] | None,
     ) -> None:
@@ -180,6 +192,7 @@ class Recorder:
             raise ValueError(
                 "record: replayable=True needs a model on the CPU; the random numbers of others are not kept"
             )
+        self._model = model
         self._replayed = model if replayable else None
         self._layout = ownership.layout
         self._parameters = ownership.parameters
@@ -195,6 +208,8 @@ class Recorder:
             self._load_state(resume)
         self._require_no_gradients()
         self._is_whole = True
+        self._states = States(model, optimizer, self._named(), rewind) if rewind else None
+        self._keep_state(())
         self._stops = stops
         self._stopped = False
         self._detached = False
@@ -265,7 +280,8 @@ class Recorder:
         Exact for what depends on the model; the records waiting to be written count with the most seen so far, nothing
         before the first step.
         """
-        return self._shadows.nbytes() + self._intake.nbytes() + self._writer.most_bytes
+        states = 0 if self._states is None else self._states.nbytes()
+        return self._shadows.nbytes() + self._intake.nbytes() + self._writer.most_bytes + states
 
     def state_dict(self) -> dict[str, Any]:
         """What ``record(..., resume=)`` needs to go on from a checkpoint.
@@ -307,6 +323,57 @@ class Recorder:
             "sums": self._shadows.state_dict(),
         }
 
+    def rewind(self, *, steps: int) -> int:
+        """Go back some optimizer steps, as after a loss spike: bit for bit, as if they had not been made.
+
+        Parameters, the model's buffers, the optimizer's state with the memory of its clip policy, the recorder and the
+        ledger are as they were after the step gone back to; what is recorded from there on are the bytes of a run that
+        had a checkpoint there. Gradients are dropped, recorded or not. Everything else is the caller's: options such as
+        learning rates stay as they are now, likewise schedulers, gradient scalers, random numbers, the data loader and
+        parameters that this optimizer does not train.
+
+        Args:
+            steps: Recorded steps to take back, at most ``rewind`` of :func:`record`. 0 takes back what has been done to
+                the model since the last of them: a step whose gradients were not finite has been made, but not
+                recorded.
+
+        Returns:
+            How many steps the ledger has now, all of them durable.
+
+        Raises:
+            LedgerError: The recording keeps no states, or not that one; it is closed or has stopped; a batch is open;
+                or the ledger is damaged. Nothing has been changed then.
+            ValueError: ``steps`` is negative, or the optimizer clips by another policy than then. Likewise.
+            OSError, sqlite3.Error: The ledger cannot be written. The model is as before; call again.
+        """
+        if self._states is None:
+            raise LedgerError("recorder.rewind: no states were kept to go back to; record with rewind=, say rewind=5")
+        if self._detached:
+            raise LedgerError(
+                "recorder.rewind: the recorder is closed or has stopped; go back by its ledger, "
+                "gradkern.rollback.open(path).rewind(), or to a checkpoint"
+            )
+        if self._intake.active:
+            raise LedgerError("recorder.rewind: a batch is open; leave 'with recorder.batch(ids)' before going back")
+        state = self._states.before(self._steps, steps)
+        named = self._named()
+        require_restorable(state, self._optimizer, named)
+        self._writer.flush()
+        self._is_whole, was_whole = False, self._is_whole
+        try:
+            self._writer.go_back(state.step)
+        except LedgerError:
+            self._is_whole = was_whole
+            raise
+        restore(state, self._model, self._optimizer, named)
+        self.discard()
+        self._shadows.load_state_dict(state.sums())
+        self._intake.scale = state.facts["scale"]
+        self._states.forget_after(state.step)
+        self._steps = state.step
+        self._is_whole = state.facts["is_whole"]
+        return self._steps
+
     def close(self) -> None:
         """Restore the model, write what is left and complete the ledger. A second call does nothing.
 
@@ -322,7 +389,7 @@ class Recorder:
             deltas = {infos[index].name: delta.cpu() for index, delta in self._shadows.deltas.items()}
             digest = self._layout.digest(self._parameters)
             closing = Closing(tuple(self._shadows.decays), tuple(self._shadows.roundings), digest)
-            self._write(lambda: self._store.commit_closing(deltas, closing))
+            self._write(lambda: self._complete(deltas, closing))
         self._writer.close()
         self._store.close()
         self._closed = True
@@ -344,38 +411,29 @@ class Recorder:
         self._is_whole, was_whole = False, self._is_whole
         updates = self._tracked(event)
         visits = self._intake.take()
-        records = [(stream, record.cpu()) for stream, record in visits.records]
-        ids = torch.cat([torch.empty(0, dtype=torch.int64), *visits.ids])
-        self._require_finite(records, ids)
         if self._steps % _COMPARE_EVERY == 0:
             self._require_captured(updates)
-        scalars: dict[int, StepScalars] = {}
-        preconditioners: dict[int, tuple[Tensor, ...]] = {}
-        multipliers: dict[int, float] = {}
-        for index, update in updates:
-            # Parameters mostly share the tensor; reading it synchronises a GPU, so once is enough.
-            key = id(update.grad_multiplier)
-            if key not in multipliers:
-                multipliers[key] = float(update.grad_multiplier)
-            multiplier = multipliers[key]
-            exact = update.preconditioner() if self._layout.parameters[index].owned else None
-            self._shadows.step(index, update, multiplier, exact)
-            scalars[index] = StepScalars(update.lr, update.decay, update.momentum, update.grad_weight, multiplier)
-            if exact is not None:
-                preconditioners[index] = smooth(exact)
-        self._shadows.drop_gradients()
+        applied = _applied(updates)
+        smoothed = self._shadows.step(applied)
+        if smoothed is None:
+            raise self._not_finite(visits)
+        scalars = [_LEFT_ALONE] * len(self._parameters)
+        for index, update, multiplier in applied:
+            scalars[index] = (update.lr, update.decay, update.momentum, update.grad_weight, multiplier)
         step = StepRecord(
-            ids=ids,
-            curvature=visits.curvature(),
-            records=records,
-            fidelity=visits.fidelity,
+            ids=torch.cat(visits.ids) if visits.ids else torch.empty(0, dtype=torch.int64),
+            bends=visits.bends,
+            blocks=visits.blocks,
+            records=[(stream, record.cpu()) for stream, record in visits.records],
+            comparisons=visits.comparisons,
             scalars=scalars,
-            preconditioners=preconditioners,
+            smoothed=smoothed,
             log=self._log(visits),
         )
         self._writer.put(step)
         self._steps += 1
         self._is_whole = was_whole
+        self._keep_state(each.parameter for each in applied)
         self._write(self._writer.write_full)
 
     def _log(self, visits: Visits) -> StepLog | None:
@@ -400,6 +458,18 @@ class Recorder:
                 stacklevel=2,
             )
 
+    def _keep_state(self, stepped: Iterable[int]) -> None:
+        """Keep the state after a step that some parameters, by index, took part in."""
+        if self._states is not None:
+            own = {"scale": self._intake.scale, "is_whole": self._is_whole, "sums": self._shadows.state_dict()}
+            self._states.keep(self._steps, [self._layout.parameters[index].name for index in stepped], own)
+
+    def _complete(self, deltas: Mapping[str, Tensor], closing: Closing) -> None:
+        for state in self._states or ():
+            if state.facts["is_whole"]:  # or no recording can go on from it
+                self._store.commit_state(state.step, state.to_file())
+        self._store.commit_closing(deltas, closing)
+
     def _detach(self) -> None:
         """Leave the model and the optimizer as they were."""
         self._detached = True
@@ -423,38 +493,42 @@ class Recorder:
                 )
         return updates
 
-    def _require_finite(self, records: Sequence[tuple[int, Record]], ids: Tensor) -> None:
+    def _not_finite(self, visits: Visits) -> LedgerError:
         """A NaN would rank first in every explanation."""
-        scales = [scale.reshape(-1) for _, record in records for scale in record.scales()]
-        if not scales or bool(torch.isfinite(torch.cat(scales)).all()):
-            return
-        for stream, record in records:
+        self._shadows.drop_gradients()
+        ids = torch.cat(visits.ids)
+        where = "a gradient"
+        unpacked = [each for block in visits.blocks for each in unpack([block])]
+        for stream, record in [*unpacked, *visits.records]:
             for scale in record.scales():
-                bad = record.visit[~torch.isfinite(scale).reshape(len(record.visit), -1).all(dim=1)]
+                bad = record.visit[~torch.isfinite(scale).reshape(len(record.visit), -1).all(dim=1).cpu()]
                 if len(bad):
                     info = self._layout.parameters[self._layout.streams[stream].parameter]
-                    raise LedgerError(
-                        f"record: sample {int(ids[bad[0]])} left a non-finite gradient on {info.name!r}, expected "
-                        f"finite ones; the optimizer step has been made and its records are dropped, so the law cannot "
-                        f"hold any more: skip such steps (a GradScaler, or recorder.discard() and zero_grad() in place "
-                        f"of step())"
-                    )
+                    where = f"sample {int(ids[bad[0]])} left a non-finite gradient on {info.name!r}"
+        return LedgerError(
+            f"record: {where}, expected finite ones; the optimizer step has been made and its records are dropped, so "
+            f"the law cannot hold any more: skip such steps (a GradScaler, or recorder.discard() and zero_grad() in "
+            f"place of step())"
+        )
 
     def _require_captured(self, updates: Sequence[tuple[int, ParamStep]]) -> None:
         """Compare what was captured with the gradient that the optimizer saw, while both are there."""
-        for index, update in updates:
-            grad = update.param.grad
-            if grad is None or not self._layout.parameters[index].owned:
-                continue
+        infos = self._layout.parameters
+        gradients = {
+            index: update.param.grad
+            for index, update in updates
+            if update.param.grad is not None and infos[index].owned
+        }
+        for index, missing, norm in self._shadows.missing(gradients) if gradients else ():
             waiting = self._shadows.waiting(index)
-            missing = grad if waiting is None else grad - waiting
-            if not float(missing.norm()) <= 1e-3 * float(grad.norm()) + 1e-6:
-                raise LedgerError(
-                    f"record: the gradient of {self._layout.parameters[index].name!r} at this step is not what the "
-                    f"recorded batches gave it (difference {float(missing.norm()):.3g} of {float(grad.norm()):.3g}). "
-                    f"Clip with the optimizer's max_norm= rather than by editing gradients, run every backward inside "
-                    f"recorder.batch(ids), and call recorder.discard() when gradients are cleared without a step"
-                )
+            if missing <= 1e-3 * norm + 1e-6 or (waiting is not None and not bool(torch.isfinite(waiting).all())):
+                continue  # what is not finite is told by itself
+            raise LedgerError(
+                f"record: the gradient of {infos[index].name!r} at this step is not what the recorded batches gave it "
+                f"(difference {missing:.3g} of {norm:.3g}). Clip with the optimizer's max_norm= rather than by editing "
+                f"gradients, run every backward inside recorder.batch(ids), and call recorder.discard() when gradients "
+                f"are cleared without a step"
+            )
 
     def _open_store(self, path: Path, rank: int, resume: Mapping[str, Any] | None) -> StoreWriter:
         settings = {
@@ -464,7 +538,7 @@ class Recorder:
             "replayable": "0" if self._replayed is None else "1",
         }
         if resume is not None:
-            return StoreWriter.resume(path, self._layout, settings, resume["ledger_id"], self._steps)
+            return resume_store(path, self._layout, settings, resume["ledger_id"], self._steps)
         initial = {name: parameter.detach().cpu() for name, parameter in self._named().items()}
         if self._replayed is not None:
             # Copies, for a file cannot hold buffers that share memory.
@@ -510,3 +584,15 @@ class Recorder:
                     f"record: {name!r} has a gradient already, which belongs to no recorded sample; start recording "
                     f"before the first backward, or call optimizer.zero_grad()"
                 )
+
+
+def _applied(updates: Sequence[tuple[int, ParamStep]]) -> list[Applied]:
+    multipliers: dict[int, float] = {}
+    applied = []
+    for index, update in updates:
+        # Parameters mostly share the tensor; reading it synchronises a GPU, so once is enough.
+        key = id(update.grad_multiplier)
+        if key not in multipliers:
+            multipliers[key] = float(update.grad_multiplier)
+        applied.append(Applied(index, update, multipliers[key]))
+    return applied

@@ -7,7 +7,8 @@ more, written to and read from named tensors, and multiplied with a weight of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -43,7 +44,7 @@ class Record:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in _names(self.kind)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Record:
@@ -66,8 +67,14 @@ class Record:
         """Some entries: their numbers, or a mask."""
         return type(self)(**{name: tensor[entries] for name, tensor in self.tensors().items()})
 
+    def narrowed(self) -> Record:
+        """Without columns that are padding in all entries, where that shows."""
+        return self
+
     def cpu(self) -> Record:
-        """The same record in host memory."""
+        """The same record in host memory; itself if it is there."""
+        if all(tensor.device.type == "cpu" for tensor in self.tensors().values()):
+            return self
         return type(self)(**{name: tensor.cpu() for name, tensor in self.tensors().items()})
 
     def scales(self) -> list[torch.Tensor]:
@@ -141,6 +148,11 @@ class EmbeddingRecord(Record):
     right: torch.Tensor
     right_scale: torch.Tensor
 
+    def narrowed(self) -> Record:
+        """See :meth:`Record.narrowed`: rows ascend, so that only the first can be row 0 without being padding."""
+        used = 1 + int(self.index.any(dim=0).nonzero().max()) if bool(self.index.any()) else 1
+        return replace(self, index=self.index[:, :used], left=self.left[..., :used])
+
     def inner(self, weights: torch.Tensor) -> torch.Tensor:
         """See :meth:`Record.inner`."""
         left, right = dequantize_rows(self.left, self.left_scale), dequantize_rows(self.right, self.right_scale)
@@ -195,6 +207,11 @@ def _product(
 ) -> torch.Tensor:
     """``leftᵀ @ right`` of every entry."""
     return dequantize_rows(left, left_scale).transpose(1, 2) @ dequantize_rows(right, right_scale)
+
+
+@cache
+def _names(kind: str) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(RECORD_TYPES[kind]))
 
 
 def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,16 +2,26 @@
 
 A sample's weight gradient is ``G = leftᵀ @ right`` with one row per token; for a language model it is as
 large as the layer while carrying most of its energy in two or three directions. The functions here find those
-directions with thin products only.
+directions with thin products only. On a CPU the native library does it in one pass over each sample, to the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+from torch import Tensor
 
-__all__ = ["dequantize_rows", "low_rank_matrix", "low_rank_product", "quantize_rows"]
+from gradkern.ops._registry import backend_for
+from gradkern.ops._step.reference import sqrt_fp32
+from gradkern.rollback._lanes import combine, dot
+
+__all__ = [
+    "dequantize_rows",
+    "low_rank_matrix",
+    "low_rank_product",
+    "quantize_rows",
+    "reduce_matrix",
+    "reduce_vector",
+]
 
 _INT8_MAX = 127.0
 # Divides zeros by something; smaller rows are nothing beside any gradient.
@@ -28,8 +38,10 @@ def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ``(codes, scale)``: int8 of the same shape and fp32 of shape ``(...)``, with ``rows ≈ codes * scale``.
         The error is at most ``scale / 2`` an element. A row of zeros has scale 0.
     """
-    scale = rows.abs().amax(dim=-1) / _INT8_MAX
+    scale = rows.abs().amax(dim=-1) / torch.full((), _INT8_MAX, device=rows.device)
     codes = (rows / scale.clamp_min(_TINY).unsqueeze(-1)).round_()
+    # What is not finite is refused by whoever reads the scales; of a NaN no code would be the same everywhere.
+    codes.masked_fill_(~torch.isfinite(scale).unsqueeze(-1), 0.0)
     return codes.to(torch.int8), scale
 
 
@@ -57,12 +69,10 @@ def low_rank_product(left: torch.Tensor, right: torch.Tensor, start: torch.Tenso
     """
     if left.shape[1] <= start.shape[0]:
         return left, right
-    left_columns, right_columns = left.transpose(1, 2), right.transpose(1, 2)
-    return _project(
-        lambda rows: (rows @ right_columns) @ left,
-        lambda rows: (rows @ left_columns) @ right,
-        start.expand(left.shape[0], -1, -1),
-    )
+    along = dot(start.unsqueeze(-2), right.unsqueeze(1))
+    along = dot(_normalised(combine(along, left)).unsqueeze(-2), left.unsqueeze(1))
+    directions = _orthonormal_rows(combine(along, right))
+    return combine(dot(directions.unsqueeze(-2), right.unsqueeze(1)), left), directions
 
 
 def low_rank_matrix(matrix: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,32 +89,73 @@ def low_rank_matrix(matrix: torch.Tensor, start: torch.Tensor) -> tuple[torch.Te
     samples, height, _ = matrix.shape
     if height <= start.shape[0]:
         return torch.eye(height, device=matrix.device).expand(samples, -1, -1), matrix
-    columns = matrix.transpose(1, 2)
-    return _project(lambda rows: rows @ columns, lambda rows: rows @ matrix, start.expand(samples, -1, -1))
+    along = _normalised(dot(start.unsqueeze(-2), matrix.unsqueeze(1)))
+    directions = _orthonormal_rows(combine(along, matrix))
+    return dot(directions.unsqueeze(-2), matrix.unsqueeze(1)), directions
 
 
-def _project(
-    multiply: Callable[[torch.Tensor], torch.Tensor],
-    multiply_transposed: Callable[[torch.Tensor], torch.Tensor],
-    start: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Project ``G``, known only through its products with rows, onto ``rank`` directions of its row space."""
-    right = _orthonormal_rows(multiply_transposed(_normalised(multiply(start))))
-    return multiply(right), right
+def reduce_matrix(left: Tensor | None, right: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Reduce every sample's ``leftᵀ @ right``, or ``right`` itself, to few rows and quantise them.
+
+    Args:
+        left: Shape ``(B, T, K)``, fp32, as for :func:`low_rank_product`; None as for :func:`low_rank_matrix`.
+        right: Shape ``(B, T, D)``, fp32.
+        start: Shape ``(rank, D)``, fp32.
+
+    Returns:
+        ``(left codes, left scale, right codes, right scale)`` as :func:`quantize_rows` gives them, of ``r`` rows a
+        sample, ``r = min(T, rank)``.
+    """
+    if backend_for("record", right.device) != "native":
+        low_left, low_right = low_rank_matrix(right, start) if left is None else low_rank_product(left, right, start)
+        return (*quantize_rows(low_left), *quantize_rows(low_right))
+    samples, tokens, width = right.shape
+    height = tokens if left is None else left.shape[2]
+    kept = min(tokens, start.shape[0])
+    left_codes = torch.empty(samples, kept, height, dtype=torch.int8)
+    right_codes = torch.empty(samples, kept, width, dtype=torch.int8)
+    left_scale, right_scale = torch.empty(samples, kept), torch.empty(samples, kept)
+    torch.ops.gradkern._reduce_matrix_(
+        None if left is None else left.contiguous(),
+        right.contiguous(),
+        samples,
+        start,
+        left_codes,
+        left_scale,
+        right_codes,
+        right_scale,
+    )
+    return left_codes, left_scale, right_codes, right_scale
+
+
+def reduce_vector(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up every sample's rows and quantise the sums.
+
+    Args:
+        rows: Shape ``(B, T, K)``, fp32.
+
+    Returns:
+        As :func:`quantize_rows`, shapes ``(B, K)`` and ``(B,)``.
+    """
+    samples, tokens, width = rows.shape
+    if backend_for("record", rows.device) != "native":
+        ones = rows.new_ones(samples, 1, tokens)
+        return quantize_rows(rows[:, 0] if tokens == 1 else combine(ones, rows)[:, 0])
+    codes, scale = torch.empty(samples, width, dtype=torch.int8), torch.empty(samples)
+    torch.ops.gradkern._reduce_vector_(rows.contiguous(), samples, codes, scale)
+    return codes, scale
 
 
 def _orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
     """Batched Gram-Schmidt over each sample's few rows; LAPACK would loop over samples."""
-    basis: list[torch.Tensor] = []
-    for index in range(rows.shape[1]):
+    found = _normalised(rows[:, :1])
+    for index in range(1, rows.shape[1]):
         row = _normalised(rows[:, index : index + 1])
-        if basis:
-            found = torch.cat(basis, dim=1)
-            # Twice: once leaves a nearly dependent row far from orthogonal.
-            for _ in range(2):
-                row = _normalised(row - (row @ found.transpose(1, 2)) @ found)
-        basis.append(row)
-    return torch.cat(basis, dim=1)
+        # Twice: once leaves a nearly dependent row far from orthogonal.
+        for _ in range(2):
+            row = _normalised(row - combine(dot(row.unsqueeze(-2), found.unsqueeze(1)), found))
+        found = torch.cat([found, row], dim=1)
+    return found
 
 
 def _normalised(row: torch.Tensor) -> torch.Tensor:
@@ -114,5 +165,5 @@ def _normalised(row: torch.Tensor) -> torch.Tensor:
     they do themselves.
     """
     row = row / row.abs().amax(dim=-1, keepdim=True).clamp_min(_TINY)
-    length: torch.Tensor = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+    length = sqrt_fp32(dot(row, row)).unsqueeze(-1)
     return row / length.clamp_min(_TINY)

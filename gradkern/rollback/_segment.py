@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import TypeVar
 
 import torch
 
 from gradkern.errors import LedgerError
-from gradkern.rollback._fidelity import Fidelity
+from gradkern.rollback._curvature import curvature_weights
+from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._layout import Layout
+from gradkern.rollback._packing import Block, Packing, unpack
 from gradkern.rollback._records import RECORD_TYPES, Record
 from gradkern.rollback._replay_log import ReplayLog, StepLog
 from gradkern.rollback._sharing import share_equal, unshare
+from gradkern.rollback._smoothing import smoothed_sizes
 
 __all__ = ["Segment", "StepRecord", "StepScalars"]
 
-_Log = TypeVar("_Log", StepLog, ReplayLog)
+_Part = TypeVar("_Part")
+_Whole = TypeVar("_Whole")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +43,29 @@ class StepRecord:
 
     Attributes:
         ids: Shape ``(visits,)``, int64: the sample id of every visit.
-        curvature: Shape ``(visits,)``, fp32: see :mod:`gradkern.rollback._curvature`; NaN where it is not known.
-        records: ``(stream, record)``; ``visit`` counts from the first of ``ids``.
-        fidelity: ``(stream, comparison)``.
-        scalars: By parameter; parameters the step left alone are missing.
-        preconditioners: The smoothed preconditioner of every owned parameter that took part.
+        bends: Numbers of visits, and what :func:`~gradkern.rollback._curvature.measure_bends` found for them.
+        blocks: Records that are packed; ``visit`` counts from the first of ``ids``.
+        records: ``(stream, record)``; likewise.
+        comparisons: ``(stream, comparison)``.
+        scalars: Of every parameter five, in the order of :class:`StepScalars`; NaN where the step left it alone.
+        smoothed: The smoothed preconditioners, see :meth:`gradkern.rollback._shadows.Shadows.step`.
         log: What replaying needs; None where the run cannot be.
     """
 
     ids: torch.Tensor
-    curvature: torch.Tensor
+    bends: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    blocks: Sequence[Block]
     records: Sequence[tuple[int, Record]]
-    fidelity: Sequence[tuple[int, Fidelity]]
-    scalars: Mapping[int, StepScalars]
-    preconditioners: Mapping[int, tuple[torch.Tensor, ...]]
+    comparisons: Sequence[tuple[int, Comparison]]
+    scalars: Sequence[tuple[float, ...]]
+    smoothed: torch.Tensor
     log: StepLog | None = None
 
     def nbytes(self) -> int:
         """Bytes of all records, preconditioners and states."""
-        preconditioners = sum(tensor.nbytes for stored in self.preconditioners.values() for tensor in stored)
         log = 0 if self.log is None else self.log.nbytes()
-        return sum(record.nbytes() for _, record in self.records) + preconditioners + log
+        packed = sum(block.content.nbytes for block in self.blocks)
+        return packed + sum(record.nbytes() for _, record in self.records) + self.smoothed.nbytes + log
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ class Segment:
 
     Attributes:
         visit_ids: Shape ``(visits,)``, int64: sample ids, in the order seen.
-        curvature: Shape ``(visits,)``, fp32: as in :class:`StepRecord`.
+        curvature: Shape ``(visits,)``, fp32: see :mod:`gradkern.rollback._curvature`; NaN where it is not known.
         visit_bounds: Shape ``(steps + 1,)``, int64: step ``t`` holds the visits from ``[t]`` to ``[t + 1]``.
         scalars: Shape ``(steps, parameters, 5)``, fp64, in the order of :class:`StepScalars`; NaN where a
             step left a parameter alone.
@@ -75,6 +82,8 @@ class Segment:
             :func:`~gradkern.rollback._smoothing.smooth` makes them; zeros where a step left the parameter alone.
         records: By stream.
         fidelity: Shape ``(n, 4)``, fp64: stream, ``‖G‖²``, ``⟨G, R⟩``, ``‖R‖²``.
+        comparisons: Shape ``(steps,)``, int64: how many rows of ``fidelity`` are of each step; None in a ledger written
+            before they were counted.
         log: What replaying needs; None where the run cannot be.
     """
 
@@ -85,6 +94,7 @@ class Segment:
     preconditioners: Mapping[int, tuple[torch.Tensor, ...]]
     records: Mapping[int, Record]
     fidelity: torch.Tensor
+    comparisons: torch.Tensor | None
     log: ReplayLog | None = None
 
     @property
@@ -96,21 +106,16 @@ class Segment:
     def build(cls, layout: Layout, steps: Sequence[StepRecord]) -> Segment:
         """Join the records of consecutive steps; all tensors end in host memory."""
         bounds = torch.tensor([0] + [len(step.ids) for step in steps]).cumsum(0)
+        scalars = torch.tensor([step.scalars for step in steps], dtype=torch.float64)
         return cls(
             visit_ids=torch.cat([step.ids for step in steps]),
-            curvature=torch.cat([step.curvature for step in steps]),
+            curvature=_curvature(bounds.tolist(), steps),
             visit_bounds=bounds,
-            scalars=_join_scalars(steps, len(layout.parameters)),
-            preconditioners=_join_preconditioners(steps),
-            records=_join_records(layout, bounds.tolist(), [step.records for step in steps]),
-            fidelity=torch.tensor(
-                [
-                    (stream, comparison.exact_sq, comparison.inner, comparison.record_sq)
-                    for step in steps
-                    for stream, comparison in step.fidelity
-                ],
-                dtype=torch.float64,
-            ).reshape(-1, 4),
+            scalars=scalars,
+            preconditioners=_split_smoothed(layout, scalars, steps),
+            records=_join_records(layout, *_unpacked(bounds.tolist(), steps)),
+            fidelity=_measured(steps),
+            comparisons=torch.tensor([len(step.comparisons) for step in steps]),
             log=_all_or_none(ReplayLog.build, [step.log for step in steps]),
         )
 
@@ -127,7 +132,38 @@ class Segment:
             preconditioners=_stack_preconditioners(parts),
             records=_join_records(layout, first_visits, [part.records.items() for part in parts]),
             fidelity=torch.cat([part.fidelity for part in parts]),
+            comparisons=_all_or_none(torch.cat, [part.comparisons for part in parts]),
             log=_all_or_none(ReplayLog.join, [part.log for part in parts]),
+        )
+
+    def head(self, steps: int) -> Segment:
+        """The first ``steps`` steps, as they were joined before the others came.
+
+        Raises:
+            LedgerError: Which comparisons are theirs is not known.
+        """
+        if self.comparisons is None:
+            raise LedgerError(
+                "a segment cannot be cut: it was written by a gradkern that did not yet count comparisons by step; go "
+                "back to a step after which a file ends"
+            )
+        visits = int(self.visit_bounds[steps])
+        records = {stream: record.between(0, visits).narrowed() for stream, record in self.records.items()}
+        took_part = (self.scalars[:steps, :, 0] == self.scalars[:steps, :, 0]).any(dim=0).tolist()
+        return Segment(
+            visit_ids=self.visit_ids[:visits],
+            curvature=self.curvature[:visits],
+            visit_bounds=self.visit_bounds[: steps + 1],
+            scalars=self.scalars[:steps],
+            preconditioners={
+                parameter: tuple(tensor[:steps] for tensor in stored)
+                for parameter, stored in self.preconditioners.items()
+                if took_part[parameter]
+            },
+            records={stream: record for stream, record in records.items() if len(record.visit)},
+            fidelity=self.fidelity[: int(self.comparisons[:steps].sum())],
+            comparisons=self.comparisons[:steps],
+            log=None if self.log is None else ReplayLog.build(self.log.steps()[:steps]),
         )
 
     def step_scalars(self, step: int, parameter: int) -> StepScalars | None:
@@ -144,6 +180,8 @@ class Segment:
             "step/scalars": self.scalars,
             "fidelity": self.fidelity,
         }
+        if self.comparisons is not None:
+            named["step/comparisons"] = self.comparisons
         for parameter, stored in self.preconditioners.items():
             for name, tensor in zip(_PRECONDITIONER_FIELDS[len(stored)], stored, strict=True):
                 named[f"preconditioner/{parameter}/{name}"] = tensor
@@ -177,6 +215,7 @@ class Segment:
                 visit_bounds=named["visit/bounds"],
                 scalars=named["step/scalars"],
                 fidelity=named["fidelity"],
+                comparisons=named.get("step/comparisons"),
                 log=_read_log(named),
                 preconditioners={
                     parameter: tuple(stored[name] for name in _PRECONDITIONER_FIELDS[len(stored)])
@@ -200,9 +239,9 @@ def _read_log(named: Mapping[str, torch.Tensor]) -> ReplayLog | None:
     return ReplayLog(**{field.name: named[f"replay/{field.name}"] for field in fields(ReplayLog)})
 
 
-def _all_or_none(join: Callable[[list[_Log]], ReplayLog], logs: Sequence[_Log | None]) -> ReplayLog | None:
-    known = [log for log in logs if log is not None]
-    return join(known) if len(known) == len(logs) else None
+def _all_or_none(join: Callable[[list[_Part]], _Whole], parts: Sequence[_Part | None]) -> _Whole | None:
+    known = [part for part in parts if part is not None]
+    return join(known) if len(known) == len(parts) else None
 
 
 def _unknown(visit_ids: torch.Tensor) -> torch.Tensor:
@@ -213,37 +252,79 @@ def _unknown(visit_ids: torch.Tensor) -> torch.Tensor:
 _PRECONDITIONER_FIELDS: Mapping[int, tuple[str, ...]] = {1: ("values",), 2: ("rows", "columns")}
 
 
+def _unpacked(
+    bounds: Sequence[int], steps: Sequence[StepRecord]
+) -> tuple[list[int], list[Iterable[tuple[int, Record]]]]:
+    """The records of all steps as parts, and the first visit of each part: blocks of one packing in one part."""
+    blocks = [
+        block._replace(visit=block.visit + first)
+        for first, step in zip(bounds, steps, strict=False)
+        for block in step.blocks
+    ]
+    parts: list[Iterable[tuple[int, Record]]] = [unpack(list(run)) for _, run in groupby(blocks, key=_packing)]
+    firsts = [0] * len(parts) + list(bounds[: len(steps)])
+    return firsts, parts + [step.records for step in steps]
+
+
+def _packing(block: Block) -> Packing:
+    return block.packing
+
+
 def _join_records(
     layout: Layout, first_visits: Sequence[int], parts: Sequence[Iterable[tuple[int, Record]]]
 ) -> dict[int, Record]:
     """By stream, of parts that each number their visits from 0."""
     records: defaultdict[int, list[Record]] = defaultdict(list)
+    firsts: defaultdict[int, list[int]] = defaultdict(list)
     for first_visit, part in zip(first_visits, parts, strict=False):
         for stream, record in part:
-            records[stream].append(replace(record, visit=record.visit + first_visit))
-    return {stream: RECORD_TYPES[layout.streams[stream].kind].join(each) for stream, each in records.items()}
-
-
-def _join_scalars(steps: Sequence[StepRecord], parameters: int) -> torch.Tensor:
-    scalars = torch.full((len(steps), parameters, len(fields(StepScalars))), torch.nan, dtype=torch.float64)
-    for row, step in enumerate(steps):
-        for parameter, applied in step.scalars.items():
-            values = [applied.lr, applied.decay, applied.momentum, applied.grad_weight, applied.multiplier]
-            scalars[row, parameter] = torch.tensor(values, dtype=torch.float64)
-    return scalars
-
-
-def _join_preconditioners(steps: Sequence[StepRecord]) -> dict[int, tuple[torch.Tensor, ...]]:
-    joined: dict[int, tuple[torch.Tensor, ...]] = {}
-    for row, step in enumerate(steps):
-        for parameter, stored in step.preconditioners.items():
-            if parameter not in joined:
-                joined[parameter] = tuple(
-                    torch.zeros((len(steps), *tensor.shape), dtype=tensor.dtype) for tensor in stored
-                )
-            for target, tensor in zip(joined[parameter], stored, strict=True):
-                target[row] = tensor.cpu()
+            records[stream].append(record)
+            firsts[stream].append(first_visit)
+    joined = {}
+    for stream, each in records.items():
+        together = RECORD_TYPES[layout.streams[stream].kind].join(each)
+        counts = torch.tensor([len(record.visit) for record in each])
+        shifts = torch.tensor(firsts[stream], dtype=together.visit.dtype).repeat_interleave(counts)
+        joined[stream] = replace(together, visit=together.visit + shifts)
     return joined
+
+
+def _curvature(bounds: Sequence[int], steps: Sequence[StepRecord]) -> torch.Tensor:
+    """The curvature weight of every visit; NaN where none was found."""
+    numbers = [torch.empty(0, dtype=torch.int64)]
+    bends = [torch.empty(0, 2, dtype=torch.float64)]
+    for first, step in zip(bounds, steps, strict=False):
+        numbers += [each + first for each, _ in step.bends]
+        bends += [each.cpu() for _, each in step.bends]
+    all_numbers = torch.cat(numbers)
+    sums = torch.full((bounds[-1], 2), torch.nan, dtype=torch.float64)
+    sums[all_numbers] = 0.0
+    return curvature_weights(sums.index_add_(0, all_numbers, torch.cat(bends)))
+
+
+def _measured(steps: Sequence[StepRecord]) -> torch.Tensor:
+    found = [(stream, comparison.measure()) for step in steps for stream, comparison in step.comparisons]
+    rows = [(stream, each.exact_sq, each.inner, each.record_sq) for stream, each in found]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+
+
+def _split_smoothed(
+    layout: Layout, scalars: torch.Tensor, steps: Sequence[StepRecord]
+) -> dict[int, tuple[torch.Tensor, ...]]:
+    """By parameter, of those that took part in any of the steps."""
+    all_of = torch.stack([step.smoothed for step in steps])
+    took_part = (~scalars[:, :, 0].isnan()).any(dim=0).tolist()
+    split: dict[int, tuple[torch.Tensor, ...]] = {}
+    start = 0
+    for index, info in enumerate(layout.parameters):
+        if not info.owned:
+            continue
+        sizes = smoothed_sizes(info.shape)
+        if took_part[index]:
+            columns = all_of[:, start : start + sum(sizes)].split(list(sizes), dim=1)
+            split[index] = tuple(each.contiguous() for each in columns)
+        start += sum(sizes)
+    return split
 
 
 def _stack_preconditioners(parts: Sequence[Segment]) -> dict[int, tuple[torch.Tensor, ...]]:

@@ -7,11 +7,14 @@ them and raises the agreement of influence with retraining. Conservation is chec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-__all__ = ["smooth", "unsmooth"]
+from gradkern.rollback._lanes import dot, pairs_sum
+
+__all__ = ["smooth", "smoothed_sizes", "unsmooth"]
 
 _STORED = torch.bfloat16
 
@@ -29,8 +32,16 @@ def smooth(preconditioner: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     if preconditioner.dim() < 2:
         return (preconditioner.reshape(-1).to(_STORED),)
-    squares = preconditioner.flatten(1).reciprocal().square_()
-    return squares.mean(dim=1).to(_STORED), squares.mean(dim=0).to(_STORED)
+    inverse = preconditioner.flatten(1).reciprocal()
+    rows = dot(inverse, inverse) / torch.full_like(inverse[:, 0], inverse.shape[1])
+    columns = pairs_sum(inverse * inverse) / torch.full_like(inverse[0], inverse.shape[0])
+    return rows.to(_STORED), columns.to(_STORED)
+
+
+def smoothed_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """How many elements each tensor has that :func:`smooth` gives for a parameter."""
+    size = math.prod(shape)
+    return (size,) if len(shape) < 2 else (shape[0], size // shape[0])
 
 
 def unsmooth(stored: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:

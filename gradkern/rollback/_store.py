@@ -4,7 +4,7 @@ A file is written under a temporary name, synced, renamed, and its folder synced
 transaction names it together with its checksum. Whatever the catalog names is therefore complete on disk, and
 whatever it does not name was never committed. Segments are read whole and checked before a single tensor is used.
 
-One writer at a time holds a lock, which ends with its process. Resuming takes the segments after a step out of the
+One writer at a time holds a lock, which ends with its process. Going back takes the segments after a step out of the
 catalog first and removes their files afterwards.
 """
 
@@ -35,18 +35,23 @@ FORMAT_VERSION = 1
 _CATALOG = "catalog.sqlite"
 _SEGMENT_FOLDER = "segments"
 _LOCK = "writer.lock"
-_OWN_NAMES = re.compile(r"(segments/\d{6,}|deltas|initial)\.(safetensors|partial)")
-_SCHEMA = (
-    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    """CREATE TABLE files (
-        name TEXT PRIMARY KEY,
-        role TEXT NOT NULL CHECK (role IN ('initial', 'segment', 'deltas')),
-        sha256 TEXT NOT NULL,
-        bytes INTEGER NOT NULL,
-        first_step INTEGER NOT NULL,
-        end_step INTEGER NOT NULL,
-        visits INTEGER NOT NULL
-    )""",
+_OWN_NAMES = re.compile(r"(segments/\d{6,}|state-\d{6,}|deltas|initial)\.(safetensors|partial)")
+_FILES = """CREATE TABLE files (
+    name TEXT PRIMARY KEY,
+    role TEXT NOT NULL CHECK (role IN ('initial', 'segment', 'deltas', 'state')),
+    sha256 TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    first_step INTEGER NOT NULL,
+    end_step INTEGER NOT NULL,
+    visits INTEGER NOT NULL
+)"""
+_SCHEMA = ("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)", _FILES)
+# Of a ledger begun before there were states.
+_NEW_SCHEMA = (
+    "ALTER TABLE files RENAME TO older",
+    _FILES,
+    "INSERT INTO files SELECT name, role, sha256, bytes, first_step, end_step, visits FROM older",
+    "DROP TABLE older",
 )
 _INSERT_FILE = "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)"
 
@@ -60,11 +65,11 @@ class FileEntry:
 
     Attributes:
         name: Path inside the ledger's folder.
-        role: ``"initial"`` (``theta_0``), ``"segment"`` or ``"deltas"`` (``D`` at close).
+        role: ``"initial"`` (``theta_0``), ``"segment"``, ``"deltas"`` (``D`` at close) or ``"state"`` (to go back to).
         sha256: Of the file's bytes.
         bytes: The file's size.
         first_step: First optimizer step it covers, from 0.
-        end_step: One past the last.
+        end_step: One past the last; of a state, which covers none, the steps before it.
         visits: Number of visits in it.
     """
 
@@ -97,12 +102,13 @@ class StoreWriter:
     """Commits files to a ledger's folder; made by :meth:`create` or :meth:`resume`.
 
     Attributes:
+        path: The ledger's folder.
         ledger_id: Tells this ledger from all others; None in one written before there were such.
         steps: Committed so far.
     """
 
     def __init__(self, path: Path, lock: sqlite3.Connection, ledger_id: str | None) -> None:
-        self._path = path
+        self.path = path
         self._lock = lock
         self.ledger_id = ledger_id
         self.steps = 0
@@ -184,27 +190,41 @@ class StoreWriter:
     def resume(
         cls, path: Path, layout: Layout, settings: Mapping[str, str], ledger_id: str | None, steps: int
     ) -> StoreWriter:
-        """Open a ledger to go on after ``steps`` steps, and take out whatever it holds of later ones.
+        """Open a ledger to go on after ``steps`` steps; what it holds of later ones is for :meth:`truncate`.
 
         Raises:
             LedgerError: There is no such ledger, it is another one, of another layout or rank, damaged, or being
-                written; or none of its segments ends there. Nothing is changed then.
+                written; or it has fewer steps.
         """
         store, found = cls.open(path)
         try:
             _require_same(found, layout, settings, ledger_id, steps)
-            store._transact(
-                [
-                    ("DELETE FROM files WHERE role = 'deltas' OR (role = 'segment' AND first_step >= ?)", [steps]),
-                    *(("DELETE FROM meta WHERE key = ?", [key]) for key in _CLOSING_FACTS),
-                ]
-            )
-            store.steps = steps
-            store.remove_leftovers()
         except BaseException:
             store.close()
             raise
         return store
+
+    def truncate(self, steps: int, head: tuple[FileEntry, Mapping[str, torch.Tensor], int] | None) -> None:
+        """Take out whatever is after ``steps`` steps, and what was known of the end, in one transaction.
+
+        Args:
+            steps: To keep.
+            head: Of the segment that goes on past them, if there is one: its entry, the tensors of its part before, and
+                the visits in that.
+        """
+        kept = []
+        if head is not None:
+            entry, tensors, visits = head
+            kept = [self._write(self._new_name(), "segment", tensors, entry.first_step, steps, visits)]
+        self._transact(
+            [
+                ("DELETE FROM files WHERE role IN ('deltas', 'state') OR (role = 'segment' AND end_step > ?)", [steps]),
+                *((_INSERT_FILE, astuple(entry)) for entry in kept),
+                *(("DELETE FROM meta WHERE key = ?", [key]) for key in _CLOSING_FACTS),
+            ]
+        )
+        self.steps = steps
+        self.remove_leftovers()
 
     def replace(self, entries: Sequence[FileEntry], tensors: Mapping[str, torch.Tensor]) -> None:
         """Put one segment in the place of some consecutive ones."""
@@ -221,8 +241,8 @@ class StoreWriter:
     def remove_leftovers(self) -> None:
         """Delete the files that a writer made and the catalog does not name; files of others stay."""
         named = {name for (name,) in self._catalog.execute("SELECT name FROM files")}
-        for file in [*self._path.iterdir(), *(self._path / _SEGMENT_FOLDER).iterdir()]:
-            name = file.relative_to(self._path).as_posix()
+        for file in [*self.path.iterdir(), *(self.path / _SEGMENT_FOLDER).iterdir()]:
+            name = file.relative_to(self.path).as_posix()
             if _OWN_NAMES.fullmatch(name) and name not in named:
                 file.unlink()
 
@@ -237,11 +257,19 @@ class StoreWriter:
         self.steps = int(end)
         return self.steps
 
+    def commit_state(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep a state to go back to; where an interrupted call already did, nothing."""
+        name = f"state-{step:06d}.safetensors"
+        if self._catalog.execute("SELECT 1 FROM files WHERE name = ?", [name]).fetchone():
+            return
+        (schema,) = self._catalog.execute("SELECT sql FROM sqlite_master WHERE name = 'files'").fetchone()
+        self._commit(self._write(name, "state", tensors, step, step), {}, () if "'state'" in schema else _NEW_SCHEMA)
+
     def commit_closing(self, deltas: Mapping[str, torch.Tensor], closing_facts: Closing) -> None:
         """Make the ledger complete; where an interrupted call already did, only wait for the disk."""
         if self._catalog.execute("SELECT 1 FROM files WHERE role = 'deltas'").fetchone():
             # A COMMIT whose last sync failed has taken effect, but a power cut could bring its journal back.
-            _sync_folder(self._path)
+            _sync_folder(self.path)
             return
         entry = self._write("deltas.safetensors", "deltas", deltas, self.steps, self.steps)
         values = (
@@ -271,7 +299,7 @@ class StoreWriter:
         visits: int = 0,
     ) -> FileEntry:
         """Write a file and describe it."""
-        content = write_tensors(self._path / name, tensors)
+        content = write_tensors(self.path / name, tensors)
         checksum = hashlib.sha256(content).hexdigest()
         return FileEntry(name, role, checksum, len(content), first_step, end_step, visits)
 
@@ -472,11 +500,10 @@ def _require_same(
         )
     for entry in found.files:
         found.require_size(entry)
-    ends = [0, *(entry.end_step for entry in found.segments)]
-    if steps not in ends:
+    if steps > found.steps:
         raise LedgerError(
-            f"record: the ledger {str(found.path)!r} cannot go on after step {steps}: it holds {found.steps} steps, in "
-            f"files that end after {', '.join(map(str, ends[-5:]))}; restore it from a copy, or record anew"
+            f"record: the ledger {str(found.path)!r} cannot go on after step {steps}: it holds {found.steps} steps; "
+            f"restore it from a copy, or record anew"
         )
 
 

@@ -8,15 +8,18 @@ and ``μ`` what it gains by one of ``M_t``. From the last step to the first,
 
 for the gradient that a step used was taken at the parameters before it, and its change there is ``H_t`` times theirs.
 
-``direct`` takes ``H = 0``: what each sample's own steps did, and not how later ones reacted. ``ref`` takes the
-reweighted empirical Fisher matrix ``H_t = Σ_i w_i g_i g_iᵀ`` over the samples of the step, of which the records hold
-all there is; the weights are those of :mod:`gradkern.rollback._curvature`. ``P`` is the smoothed preconditioner.
+Estimators differ in ``H``. ``direct`` takes ``H = 0``: what each sample's own steps did, and not how later ones
+reacted. ``ref`` takes the reweighted empirical Fisher matrix ``H_t = Σ_i w_i g_i g_iᵀ`` over the samples of the step,
+of which the records hold all there is; the weights are those of :mod:`gradkern.rollback._curvature`. ``gauss_newton``
+takes the matrix of that name, see :mod:`gradkern.rollback._gauss_newton`. ``P`` is the smoothed preconditioner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +27,20 @@ from torch import Tensor
 from gradkern.errors import LedgerError
 from gradkern.rollback._layout import Layout
 from gradkern.rollback._records import Record
-from gradkern.rollback._segment import Segment
+from gradkern.rollback._segment import Segment, StepScalars
 from gradkern.rollback._smoothing import unsmooth
 
-__all__ = ["NoCurvatureError", "Swept", "norms", "require_curvature", "sweep"]
+__all__ = [
+    "Curvature",
+    "EmpiricalFisher",
+    "NoCurvatureError",
+    "StepBack",
+    "Swept",
+    "collect_scores",
+    "norms",
+    "require_curvature",
+    "sweep",
+]
 
 
 class NoCurvatureError(LedgerError):
@@ -51,7 +64,56 @@ class Swept:
     growth: Tensor
 
 
-def sweep(layout: Layout, gradients: Mapping[int, Tensor], segments: Iterator[Segment], curvature: float) -> Swept:
+@dataclass(frozen=True, slots=True)
+class StepBack:
+    """A step that a sweep is going back through.
+
+    Attributes:
+        curvature_weights: Of every visit, fp32, shape ``(visits,)``; NaN where it is not known.
+        records: Of the step's visits, counted from the first of them, with the parameter each belongs to.
+        inner: ``⟨u, g_i⟩``, fp32, shape ``(functions, visits)``.
+        directions: ``u`` by parameter, shape ``(functions, *parameter)``, computed when asked for; of parameters that
+            the step changed.
+    """
+
+    curvature_weights: Tensor
+    records: Sequence[tuple[int, Record]]
+    inner: Tensor
+    directions: Callable[[], dict[int, Tensor]]
+
+
+class Curvature(Protocol):
+    """``H`` of every step, asked for from the last step to the first."""
+
+    def add_product(self, step: StepBack, sums: Mapping[int, Tensor]) -> None:
+        """Add ``H_t u`` to ``sums``, by parameter, shape ``(functions, *parameter)``."""
+
+
+class EmpiricalFisher:
+    """The reweighted empirical Fisher matrix of the recorded gradients.
+
+    Args:
+        share: Its factor.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def add_product(self, step: StepBack, sums: Mapping[int, Tensor]) -> None:
+        """See :meth:`Curvature.add_product`.
+
+        Raises:
+            NoCurvatureError: A visit has no curvature weight.
+        """
+        require_curvature(step.curvature_weights)
+        coefficients = step.inner * (self._share * step.curvature_weights)
+        for index, record in step.records:
+            record.add_to(sums[index], coefficients[:, record.visit.long()])
+
+
+def sweep(
+    layout: Layout, gradients: Mapping[int, Tensor], segments: Iterator[Segment], curvature: Curvature | None
+) -> Swept:
     """Score every sample in a ledger.
 
     Args:
@@ -59,25 +121,32 @@ def sweep(layout: Layout, gradients: Mapping[int, Tensor], segments: Iterator[Se
         gradients: Gradients of the functions by owned parameter, fp32, in host memory, shape
             ``(functions, *parameter)``.
         segments: From the last to the first; only one is held at a time.
-        curvature: Factor of ``H``; 0 leaves it out.
+        curvature: Of the steps; None leaves it out.
 
     Raises:
-        NoCurvatureError: ``curvature`` is not 0 and a visit has no curvature weight.
+        NoCurvatureError: ``curvature`` needs a weight that a visit does not have.
     """
-    functions = len(next(iter(gradients.values())))
     adjoint = _Adjoint(layout, gradients, curvature)
-    seen_ids = [torch.empty(0, dtype=torch.int64)]
-    seen_scores = [torch.empty(functions, 0, dtype=torch.float64)]
     start = adjoint.norms()
-    for segment in segments:
-        if curvature:
-            require_curvature(segment)
-        seen_ids.append(segment.visit_ids)
-        seen_scores.append(adjoint.through(segment))
-    ids, positions = torch.unique(torch.cat(seen_ids), return_inverse=True)
-    scores = torch.zeros(functions, len(ids), dtype=torch.float64)
-    scores.index_add_(1, positions, torch.cat(seen_scores, dim=1))
+    visits = [(segment.visit_ids, adjoint.through(segment)) for segment in segments]
+    ids, scores = collect_scores(visits, len(start))
     return Swept(ids, scores, torch.where(start == 0.0, 0.0, adjoint.norms() / start))
+
+
+def collect_scores(visits: Sequence[tuple[Tensor, Tensor]], functions: int) -> tuple[Tensor, Tensor]:
+    """Add up the scores of visits by sample.
+
+    Args:
+        visits: Sample ids, shape ``(n,)``, with scores of shape ``(functions, n)``, fp64.
+        functions: Their number.
+
+    Returns:
+        The different ids, ascending, and the scores of each, shape ``(functions, samples)``.
+    """
+    all_ids = torch.cat([torch.empty(0, dtype=torch.int64), *(ids for ids, _ in visits)])
+    all_scores = torch.cat([torch.empty(functions, 0, dtype=torch.float64), *(scores for _, scores in visits)], dim=1)
+    ids, positions = torch.unique(all_ids, return_inverse=True)
+    return ids, torch.zeros(functions, len(ids), dtype=torch.float64).index_add_(1, positions, all_scores)
 
 
 def norms(parts: Iterable[Tensor]) -> Tensor:
@@ -85,9 +154,9 @@ def norms(parts: Iterable[Tensor]) -> Tensor:
     return torch.stack([each.double().flatten(1).square().sum(1) for each in parts]).sum(0).sqrt()
 
 
-def require_curvature(segment: Segment) -> None:
-    """Raise ``NoCurvatureError`` where a visit of a segment has no curvature weight."""
-    if bool(segment.curvature.isnan().any()):
+def require_curvature(weights: Tensor) -> None:
+    """Raise ``NoCurvatureError`` where a visit has no curvature weight."""
+    if bool(weights.isnan().any()):
         raise NoCurvatureError(
             "this ledger does not hold the curvature of every sample's loss, which is needed to follow later steps: "
             "the model's loss is no cross-entropy with one right class a row, its logits are not those of the layer "
@@ -98,7 +167,7 @@ def require_curvature(segment: Segment) -> None:
 class _Adjoint:
     """``λ`` and ``μ`` of every parameter and function."""
 
-    def __init__(self, layout: Layout, gradients: Mapping[int, Tensor], curvature: float) -> None:
+    def __init__(self, layout: Layout, gradients: Mapping[int, Tensor], curvature: Curvature | None) -> None:
         self._shapes: Sequence[tuple[int, ...]] = [info.shape for info in layout.parameters]
         self._streams = layout.streams_by_parameter(gradients)
         self._functions = len(next(iter(gradients.values())))
@@ -116,29 +185,36 @@ class _Adjoint:
         for step in reversed(range(segment.steps)):
             first_visit, end_visit = segment.visit_bounds[step : step + 2].tolist()
             inner = torch.zeros(self._functions, end_visit - first_visit)
-            applied = {index: segment.step_scalars(step, index) for index in self._of_parameters}
             parts: list[tuple[int, Record]] = []
+            shares: dict[int, float] = {}
+            applied = self._applied(segment, step)
             for index, scalars in applied.items():
-                if scalars is None:
-                    continue
                 stored = [tensor[step] for tensor in segment.preconditioners[index]]
                 self._of_momenta[index].addcmul_(
                     unsmooth(stored, self._shapes[index]), self._of_parameters[index], value=-1.0
                 )
-                share = scalars.grad_weight * scalars.multiplier
+                shares[index] = scalars.grad_weight * scalars.multiplier
                 for stream in self._streams[index]:
                     if stream in segment.records:
                         record = segment.records[stream].between(first_visit, end_visit)
-                        parts.append((index, record))
+                        parts.append((index, replace(record, visit=record.visit - first_visit)))
                         found = record.inner(self._of_momenta[index])
-                        inner.index_add_(1, record.visit.long() - first_visit, found, alpha=share)
+                        inner.index_add_(1, parts[-1][1].visit.long(), found, alpha=shares[index])
             scores[:, first_visit:end_visit] = -inner.double()
             for index, scalars in applied.items():
-                if scalars is not None:
-                    self._of_parameters[index].mul_(scalars.decay)
-                    self._of_momenta[index].mul_(scalars.momentum)
-            if self._curvature:
-                inner *= self._curvature * segment.curvature[first_visit:end_visit]
-                for index, record in parts:
-                    record.add_to(self._of_parameters[index], inner[:, record.visit.long() - first_visit])
+                self._of_parameters[index].mul_(scalars.decay)
+            if self._curvature is not None:
+                weights = segment.curvature[first_visit:end_visit]
+                back = StepBack(weights, parts, inner, partial(self._directions, shares))
+                self._curvature.add_product(back, self._of_parameters)
+            for index, scalars in applied.items():
+                self._of_momenta[index].mul_(scalars.momentum)
         return scores
+
+    def _applied(self, segment: Segment, step: int) -> dict[int, StepScalars]:
+        """What a step applied to the parameters that it changed."""
+        applied = {index: segment.step_scalars(step, index) for index in self._of_parameters}
+        return {index: scalars for index, scalars in applied.items() if scalars is not None}
+
+    def _directions(self, shares: Mapping[int, float]) -> dict[int, Tensor]:
+        return {index: self._of_momenta[index] * share for index, share in shares.items()}

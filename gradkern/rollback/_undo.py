@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from gradkern.errors import UndoRefusedError
 from gradkern.loss import Batch
 from gradkern.rollback._layout import Layout
+from gradkern.rollback._output import output_tensor
 from gradkern.rollback._records import Record
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._smoothing import unsmooth
@@ -77,7 +77,7 @@ def propagate(
     """
     change = _Change(layout, owned)
     for segment in segments:
-        require_curvature(segment)
+        require_curvature(segment.curvature)
         change.through(segment, torch.isin(segment.visit_ids, forgotten))
     return change.result()
 
@@ -172,9 +172,4 @@ def apply_change(model: nn.Module, changes: Mapping[str, Tensor], growth: float,
 def _output(model: nn.Module, probe: Batch) -> Tensor:
     """What the model gives for the inputs of a batch: a tensor, or its logits."""
     made = model(**probe) if isinstance(probe, Mapping) else model(probe if isinstance(probe, Tensor) else probe[0])
-    output: Any = getattr(made, "logits", made)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"undo: the model must return a tensor or have .logits in what it returns, got {type(made).__name__}"
-        )
-    return output
+    return output_tensor(made, "undo")

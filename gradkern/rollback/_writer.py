@@ -9,6 +9,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+from gradkern.rollback._cut import cut_after
 from gradkern.rollback._layout import Layout
 from gradkern.rollback._segment import Segment, StepRecord
 from gradkern.rollback._store import StoreWriter
@@ -17,6 +18,9 @@ __all__ = ["Writer"]
 
 # How often the bytes of a segment are in memory while it is written: as steps, as tensors of all steps, as a file.
 _WRITING = 3
+
+# Of a file, where nobody says how many steps it takes: small models make steps faster than a disk makes files durable.
+_FULL_BYTES, _LEAST_STEPS, _MOST_STEPS = 1 << 20, 10, 1000
 
 
 class _Job(NamedTuple):
@@ -34,13 +38,14 @@ class Writer:
     Args:
         store: Where to; it says which step comes next.
         layout: Of the records.
-        steps_per_segment: Steps in a file, but the last before :meth:`flush`.
+        steps_per_segment: Steps in a file, but the last before :meth:`flush`; None for as many as make a megabyte, at
+            least 10 and at most 1,000.
 
     Attributes:
         most_bytes: The most that steps have taken so far, with the copies of a segment that are made to write it.
     """
 
-    def __init__(self, store: StoreWriter, layout: Layout, steps_per_segment: int) -> None:
+    def __init__(self, store: StoreWriter, layout: Layout, steps_per_segment: int | None) -> None:
         self._store = store
         self._layout = layout
         self._steps_per_segment = steps_per_segment
@@ -68,7 +73,7 @@ class Writer:
             OSError, sqlite3.Error: The one before could not be written. Its steps and these are kept and are written
                 with the next.
         """
-        if len(self._waiting) >= self._steps_per_segment:
+        if self._is_full():
             self._hand_over()
 
     def flush(self) -> None:
@@ -81,9 +86,25 @@ class Writer:
             self._hand_over()
         self._finish_job()
 
+    def go_back(self, steps: int) -> None:
+        """Take out what was recorded after ``steps`` steps; all of it must have been flushed.
+
+        Raises:
+            LedgerError: The segment to be cut is damaged; nothing has been changed then.
+            OSError, sqlite3.Error: The ledger cannot be written.
+        """
+        cut_after(self._store, self._layout, steps)
+        self._first_step = steps
+
     def close(self) -> None:
         """End the thread, after what it is doing; steps that were not handed to it are forgotten."""
         self._executor.shutdown()
+
+    def _is_full(self) -> bool:
+        if self._steps_per_segment is not None:
+            return len(self._waiting) >= self._steps_per_segment
+        enough = _LEAST_STEPS if self._waiting_bytes >= _FULL_BYTES else _MOST_STEPS
+        return len(self._waiting) >= enough
 
     def _hand_over(self) -> None:
         self._finish_job()

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from bench.influence import Setting, datamodeling_score, record_run, retrained_losses
+from gradkern.rollback import Replay
 
 
 def small():
@@ -46,18 +47,19 @@ def test_a_subset_is_trained_on_as_if_the_others_were_not_there():
 
 def test_following_later_steps_foretells_retraining_better(tmp_path):
     setting = small()
-    model, ledger = record_run(setting, 0, tmp_path / "run")
+    model, ledger = record_run(setting, 0, tmp_path / "run", replayable=True)
     kept = torch.rand(80, 200, generator=torch.Generator().manual_seed(1)).argsort(dim=1) >= 20
     losses = retrained_losses(setting, 0, kept)
-    score = {
-        estimator: datamodeling_score(
-            ledger.scores(model, setting.queries(), loss_fn=nn.functional.cross_entropy, estimator=estimator).scores,
-            kept,
-            losses,
+    replay = Replay(setting.fetch, setting.make_optimizer, nn.functional.cross_entropy)
+    score = {}
+    for estimator in ("direct", "ref", "gauss_newton"):
+        given = {"replay": replay} if estimator == "gauss_newton" else {}
+        found = ledger.scores(
+            model, setting.queries(), loss_fn=nn.functional.cross_entropy, estimator=estimator, **given
         )
-        for estimator in ("direct", "ref")
-    }
+        score[estimator] = datamodeling_score(found.scores, kept, losses)
     assert score["ref"] > max(0.4, score["direct"] + 0.1), score
+    assert score["gauss_newton"] > score["ref"], score
 
 
 def test_a_datamodeling_score_is_a_rank_correlation():

@@ -75,7 +75,7 @@ class EventTap:
 
 def scale_preconditioner(event: StepEvent, factor: float) -> StepEvent:
     def scaled(update: ParamStep) -> ParamStep:
-        return replace(update, preconditioner=lambda: update.preconditioner() * factor)
+        return update._replace(step_size=update.step_size * factor)
 
     return replace(event, params=tuple(map(scaled, event.params)))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -319,3 +321,25 @@ def test_a_gradient_outside_a_batch_is_refused(token_model, tmp_path):
         loss = token_loss(token_model(token_data()), token_data())
         with pytest.raises(LedgerError, match=r"'head' outside 'with recorder\.batch\(ids\)'"):
             loss.backward()
+
+
+def test_a_recorded_forward_leaves_no_cycle(token_model, tmp_path):
+    """What forward made goes with the last reference, not with the next garbage collection."""
+    optimizer = gk.AdamW(token_model.parameters())
+    with gk.rollback.record(token_model, optimizer, tmp_path / "run") as recorder, recorder.batch(range(4)):
+        gc.collect()
+        gc.disable()
+        try:
+            output = token_model(torch.zeros(4, 8, dtype=torch.int64))
+            node = output.grad_fn
+            while node.name() not in ("AddmmBackward0", "MmBackward0"):
+                node = node.next_functions[0][0]
+            probe = weakref.ref(node.metadata.setdefault("probe", Probe()))
+            del node, output
+            assert probe() is None
+        finally:
+            gc.enable()
+
+
+class Probe:
+    pass

@@ -283,7 +283,7 @@ def test_fails_when_a_reported_factor_is_not_the_one_used(token_model, train, fi
     def wrong(event):
         return replace(
             event,
-            params=tuple(replace(update, **{field: getattr(update, field) * 0.999}) for update in event.params),
+            params=tuple(update._replace(**{field: getattr(update, field) * 0.999}) for update in event.params),
         )
 
     run = train(token_model, token_data(), alter=wrong)

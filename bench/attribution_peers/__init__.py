@@ -1,0 +1,1 @@
+"""Estimators of influence of other packages; each module runs in a virtual environment of its own, see ``job``."""

@@ -1,0 +1,116 @@
+// Sums in a fixed order that is as wide as any vector: 64 lanes, each summed in order, then folded in halves
+// (32 + 32, 16 + 16, ...). Absent elements count as zeros. gradkern.rollback._lanes is the same in torch.
+
+constexpr int64_t kLanes = 64;
+
+template <class T>
+GRADKERN_INLINE T fold_lanes(T* lanes) {
+  for (int64_t i = 0; i < 32; ++i) {
+    lanes[i] += lanes[i + 32];
+  }
+  for (int64_t i = 0; i < 16; ++i) {
+    lanes[i] += lanes[i + 16];
+  }
+  for (int64_t i = 0; i < 8; ++i) {
+    lanes[i] += lanes[i + 8];
+  }
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+// The products of `size` elements in half of the lanes, from `at` on, as vectors that stay in registers.
+template <int kRows>
+GRADKERN_INLINE void half_lanes(const float* const* a, const float* b, int64_t size, int64_t at,
+                                float (*lanes)[kLanes]) {
+  constexpr int64_t kHalf = kLanes / 2, kVectors = kHalf / F32::kLanes;
+  F32 sums[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      sums[r][v] = F32::all(0.0f);
+    }
+  }
+  int64_t i = at;
+  for (; i + kHalf <= size; i += kLanes) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const F32 x = F32::load(b + i + v * F32::kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][v] = sums[r][v] + F32::load(a[r] + i + v * F32::kLanes) * x;
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      sums[r][v].store(lanes[r] + at + v * F32::kLanes);
+    }
+    for (int64_t lane = 0; i + lane < size && lane < kHalf; ++lane) {
+      lanes[r][at + lane] += a[r][i + lane] * b[i + lane];
+    }
+  }
+}
+
+// Inner products of several rows with one.
+template <int kRows>
+inline void lanes_dots(const float* const* a, const float* b, int64_t size, float* to) {
+  alignas(64) float lanes[kRows][kLanes];
+  half_lanes<kRows>(a, b, size, 0, lanes);
+  half_lanes<kRows>(a, b, size, kLanes / 2, lanes);
+  for (int r = 0; r < kRows; ++r) {
+    to[r] = fold_lanes(lanes[r]);
+  }
+}
+
+inline float lanes_dot(const float* a, const float* b, int64_t size) {
+  float found;
+  lanes_dots<1>(&a, b, size, &found);
+  return found;
+}
+
+// Products of two floats are exact in double.
+inline double lanes_dot_wide(const float* a, const float* b, int64_t size) {
+  alignas(64) double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] += static_cast<double>(a[i + lane]) * static_cast<double>(b[i + lane]);
+    }
+  }
+  for (int64_t lane = 0; i + lane < size; ++lane) {
+    lanes[lane] += static_cast<double>(a[i + lane]) * static_cast<double>(b[i + lane]);
+  }
+  return fold_lanes(lanes);
+}
+
+// The largest magnitude; NaN if there is one, for its bits are above those of infinity.
+inline float largest_magnitude(const float* x, int64_t size) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t bits = magnitude_bits(x + i);
+    largest = bits > largest ? bits : largest;
+  }
+  float found;
+  __builtin_memcpy(&found, &largest, 4);
+  return found;
+}
+
+// Row k of `to` becomes the sum over rows of weights[k][row] * rows[row]: four sums of every fourth row, added in
+// pairs. Whole rows at a time: columns of rows whose stride is a power of two share few sets of a cache.
+// sums: 4 x rank x width.
+inline void combine_rows(const float* weights, int64_t rank, const float* rows, int64_t count, int64_t width,
+                         float* __restrict sums, float* __restrict to) {
+  __builtin_memset(sums, 0, static_cast<size_t>(4 * rank * width) * sizeof(float));
+  for (int64_t row = 0; row < count; ++row) {
+    const float* from = rows + row * width;
+    for (int64_t k = 0; k < rank; ++k) {
+      const float weight = weights[k * count + row];
+      float* __restrict sum = sums + (k * 4 + row % 4) * width;
+      for (int64_t i = 0; i < width; ++i) {
+        sum[i] += weight * from[i];
+      }
+    }
+  }
+  for (int64_t k = 0; k < rank; ++k) {
+    const float* four = sums + k * 4 * width;
+    for (int64_t i = 0; i < width; ++i) {
+      to[k * width + i] = (four[i] + four[width + i]) + (four[2 * width + i] + four[3 * width + i]);
+    }
+  }
+}
