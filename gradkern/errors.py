@@ -50,7 +50,7 @@ class UndoRefusedError(GradkernError):
 
 
 class UnstableInfluenceError(GradkernError):
-    """Influence grew on its way back to the first step instead of fading: what an estimator found is noise.
+    """What an estimator found is noise: influence grew on its way back to the first step, or made a loss not finite.
 
     Attributes:
         growth: Of each query, the norm at the first step over that at the last; above 1.25, or NaN, where it failed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["Batch", "LossFn", "compute_loss"]
 
@@ -13,7 +13,7 @@ Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 LossFn = Callable[[Any, Any], Tensor]
 
 
-def compute_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None = None) -> Tensor:
+def compute_loss(model: Callable[..., Any], batch: Batch, loss_fn: LossFn | None = None) -> Tensor:
     """Run ``model`` on ``batch`` and return its scalar loss, with its graph.
 
     =========================  ===================  =============================
@@ -29,7 +29,7 @@ def compute_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None = None) 
     The model's output is not kept: only what the graph saves outlives this call.
 
     Args:
-        model: Called as given, in the train or eval mode it is in.
+        model: A module, or what stands for one; called as given, in the train or eval mode it is in.
         batch: See the table; tensors must already be on the model's device.
         loss_fn: ``(output, target) -> scalar tensor``.
 
@@ -43,6 +43,7 @@ def compute_loss(model: nn.Module, batch: Batch, loss_fn: LossFn | None = None) 
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Linear(3, 1)
         >>> compute_loss(model, (torch.ones(2, 3), torch.zeros(2, 1)), nn.functional.mse_loss).shape
         torch.Size([])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from gradkern.rollback._compact import compact
 from gradkern.rollback._conservation import Balance
 from gradkern.rollback._estimators import Influence, Scores
+from gradkern.rollback._finished import FinishedLedger, finish, open_finished
 from gradkern.rollback._ledger import Ledger
 from gradkern.rollback._ledger import open_ledger as open
 from gradkern.rollback._recorder import RecordableOptimizer, Recorder, record
@@ -22,6 +23,7 @@ __all__ = [
     "Balance",
     "Check",
     "Compression",
+    "FinishedLedger",
     "Influence",
     "Ledger",
     "RecordableOptimizer",
@@ -34,7 +36,9 @@ __all__ = [
     "Undone",
     "VerifyReport",
     "compact",
+    "finish",
     "open",
+    "open_finished",
     "open_sketches",
     "record",
 ]

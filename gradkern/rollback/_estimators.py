@@ -12,21 +12,24 @@ from torch import nn
 
 from gradkern.errors import UnstableInfluenceError
 from gradkern.loss import Batch, LossFn, compute_loss
+from gradkern.rollback._deltas import read_deltas
 from gradkern.rollback._gauss_newton import GaussNewton
 from gradkern.rollback._metagradient import metagradient
 from gradkern.rollback._reading import read_segments
 from gradkern.rollback._replay import Replay, Replayer
 from gradkern.rollback._store import StoreReader
+from gradkern.rollback._subtraction import subtract_each
 from gradkern.rollback._sweep import EmpiricalFisher, NoCurvatureError, sweep
 from gradkern.rollback._trajectory import Trajectory
 
 __all__ = ["Influence", "Scores", "query_gradients", "require_estimator", "score"]
 
-# By estimator and mode, the share of the curvature that later steps are taken to have reacted with.
+# Of the estimators that sweep, the share of the curvature that later steps are taken to have reacted with, by mode.
 _CURVATURE = {("direct", "run"): 0.0, ("ref", "run"): 1.0, ("ref", "expected"): 0.5}
 
 # Those that run the training again.
 _BY_REPLAY = (("gauss_newton", "run"), ("metagradient", "run"))
+_KNOWN = (*_CURVATURE, ("paper", "run"), *_BY_REPLAY)
 
 # Of influence on its way back to the first step. It fades in a sound run, to a tenth in a few hundred steps, and stays
 # where it is in a run of a few; where the estimator fails it grows twentyfold and more.
@@ -78,7 +81,10 @@ def score(
         replayer = Replayer(store, model, replay, otherwise="estimator='ref' or 'direct'")
         return _score_by_replay(store, model, queries, loss_fn, asked_for, replayer)
     layout = store.layout
-    gradients = _stacked_gradients(model, layout.owned(layout.trained_parameters(model)), queries, loss_fn)
+    owned = layout.owned(layout.trained_parameters(model))
+    if asked_for == "paper":
+        return _subtracted(store, model, owned, queries, loss_fn)
+    gradients = _stacked_gradients(model, owned, queries, loss_fn)
     share = _CURVATURE[asked_for, mode]
     curvature = EmpiricalFisher(share) if share else None
     try:
@@ -96,8 +102,8 @@ def score(
 
 def require_estimator(estimator: str, mode: str, replay: Replay | None) -> None:
     """Raise ``ValueError`` where there is no such estimator, or not in this mode, or not with what was given."""
-    if (estimator, mode) not in (*_CURVATURE, *_BY_REPLAY):
-        known = ", ".join(f"estimator={each!r} with mode={other!r}" for each, other in (*_CURVATURE, *_BY_REPLAY))
+    if (estimator, mode) not in _KNOWN:
+        known = ", ".join(f"estimator={each!r} with mode={other!r}" for each, other in _KNOWN)
         raise ValueError(f"there are {known}; got estimator={estimator!r} with mode={mode!r}")
     needs_replay = (estimator, mode) in _BY_REPLAY
     if needs_replay and replay is None:
@@ -139,6 +145,19 @@ def _stacked_gradients(
     """Gradients of all queries, by parameter, shape ``(queries, *parameter)``."""
     each = [query_gradients(model, parameters, query, loss_fn) for query in queries]
     return {index: torch.stack([gradient.pop(index) for gradient in each]) for index in parameters}
+
+
+def _subtracted(
+    store: StoreReader,
+    model: nn.Module,
+    owned: dict[int, nn.Parameter],
+    queries: list[Batch],
+    loss_fn: LossFn | None,
+) -> Scores:
+    """Scores by taking every sample's delta off."""
+    named = {store.layout.parameters[index].name: (index, parameter) for index, parameter in owned.items()}
+    with _eval_mode(model), torch.no_grad():
+        return Scores(*subtract_each(model, named, queries, loss_fn, read_deltas(store)))
 
 
 def query_gradients(

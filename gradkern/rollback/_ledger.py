@@ -116,11 +116,14 @@ class Ledger:
             loss_fn: ``(output, target) -> scalar``; any scalar function of the output works.
             estimator: ``"ref"``: what the sample's own recorded steps did and how later steps reacted to it, by the
                 reweighted empirical Fisher matrix of their samples; for losses that are a cross-entropy.
-                ``"direct"``: without the reaction. ``"gauss_newton"``: as ``"ref"``, with the reaction by the
-                Gauss-Newton matrix of every batch's loss, for any loss, by running the training again.
-                ``"metagradient"``: the exact derivative of the query's loss by the weights that the sample's rows had
-                in the losses of the run, by running the training again; of Adam, AdamW and SGD. None takes ``"ref"``,
-                and for ``mode="run"`` with a warning ``"direct"`` where the ledger lacks what ``"ref"`` needs.
+                ``"direct"``: without the reaction. ``"paper"``: without it too, by taking what the sample added off the
+                parameters and evaluating the loss again, so for losses without a gradient as well; reads the ledger
+                once and then once more for every 256 MiB of what all samples added. ``"gauss_newton"``: as ``"ref"``,
+                with the reaction by the Gauss-Newton matrix of every batch's loss, for any loss, by running the
+                training again. ``"metagradient"``: the exact derivative of the query's loss by the weights that the
+                sample's rows had in the losses of the run, by running the training again; of Adam, AdamW and SGD. None
+                takes ``"ref"``, and for ``mode="run"`` with a warning ``"direct"`` where the ledger lacks what
+                ``"ref"`` needs.
             mode: ``"run"``: what would have become of this very run, same order and same start. ``"expected"``: of
                 runs like it on average, by half of the reaction; ``"ref"`` alone.
             replay: For ``"gauss_newton"`` and ``"metagradient"``, and for no other: how to train, of a ledger recorded
@@ -139,7 +142,8 @@ class Ledger:
                 ``"metagradient"`` cannot differentiate (another optimizer or clip policy, buffers that training
                 changed, a loss that is no sum over samples).
             UnstableInfluenceError: Influence grew on its way back to the first step; what ``"ref"`` or
-                ``"gauss_newton"`` found is noise. Or a ``"metagradient"`` is not finite.
+                ``"gauss_newton"`` found is noise. Or a ``"metagradient"``, or the loss without what
+                a sample added, is not finite.
 
         Numerics:
             fp32 sums over the parameters in host memory, fp64 over steps. The preconditioner is smoothed to rows and
@@ -166,7 +170,9 @@ class Ledger:
         """Score every recorded sample; arguments and errors as for :meth:`explain`.
 
         Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
-        recorded parameter's size for each query; the time is mostly that of reading where queries are few. With
+        recorded parameter's size for each query; the time is mostly that of reading where queries are few. ``"paper"``
+        evaluates every query once for each sample instead, many samples at a time where ``torch.func.vmap`` can run
+        the model and ``loss_fn``. With
         ``replay`` it is four to seven tensors and the activations of a micro-batch for each query, and the training is
         run once before that, or twice where what its steps started from takes more than 256 MiB, of which then about
         twice the square root of their number are held.

@@ -38,6 +38,10 @@ class Record:
         """Add all gradients, times ``coefficients`` of shape ``(m, n)``, to ``sums`` of shape ``(m, *parameter)``."""
         raise NotImplementedError
 
+    def gradients(self) -> torch.Tensor:
+        """Every entry's gradient, fp32, one row for each: of a matrix as one, of an embedding only the rows it used."""
+        raise NotImplementedError
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields by name."""
         return {name: getattr(self, name) for name in _names(self.kind)}
@@ -58,6 +62,10 @@ class Record:
         bounds = torch.tensor([first_visit, end_visit], dtype=self.visit.dtype)
         low, high = torch.searchsorted(self.visit, bounds).tolist()
         return type(self)(**{name: tensor[low:high] for name, tensor in self.tensors().items()})
+
+    def take(self, entries: torch.Tensor) -> Record:
+        """Some entries: their numbers, or a mask."""
+        return type(self)(**{name: tensor[entries] for name, tensor in self.tensors().items()})
 
     def narrowed(self) -> Record:
         """Without columns that are padding in all entries, where that shows."""
@@ -109,6 +117,10 @@ class MatrixRecord(Record):
         matrices = sums.view(len(sums), sums.shape[1], -1)
         matrices.baddbmm_(scaled.transpose(1, 2), right.expand(len(sums), -1, -1))
 
+    def gradients(self) -> torch.Tensor:
+        """Shape ``(n, rows, columns)``."""
+        return _product(self.left, self.left_scale, self.right, self.right_scale)
+
     def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Both factors, one row for each direction of each entry."""
         left, right = dequantize_rows(self.left, self.left_scale), dequantize_rows(self.right, self.right_scale)
@@ -149,10 +161,13 @@ class EmbeddingRecord(Record):
 
     def add_to(self, sums: torch.Tensor, coefficients: torch.Tensor) -> None:
         """See :meth:`Record.add_to`."""
-        left, right = dequantize_rows(self.left, self.left_scale), dequantize_rows(self.right, self.right_scale)
-        rows = left.transpose(1, 2) @ right
+        rows = self.gradients()
         for each, scale in zip(sums, coefficients, strict=True):
             each.index_add_(0, self.index.flatten(), (rows * scale[:, None, None]).flatten(0, 1))
+
+    def gradients(self) -> torch.Tensor:
+        """Shape ``(n, u, columns)``: of the rows in ``index``."""
+        return _product(self.left, self.left_scale, self.right, self.right_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +192,21 @@ class VectorRecord(Record):
         """See :meth:`Record.add_to`."""
         sums.view(len(sums), -1).addmm_(coefficients * self.scale, self.value.float())
 
+    def gradients(self) -> torch.Tensor:
+        """Shape ``(n, numel)``."""
+        return dequantize_rows(self.value, self.scale)
+
 
 RECORD_TYPES: Mapping[str, type[Record]] = {
     record.kind: record for record in (MatrixRecord, EmbeddingRecord, VectorRecord)
 }
+
+
+def _product(
+    left: torch.Tensor, left_scale: torch.Tensor, right: torch.Tensor, right_scale: torch.Tensor
+) -> torch.Tensor:
+    """``leftᵀ @ right`` of every entry."""
+    return dequantize_rows(left, left_scale).transpose(1, 2) @ dequantize_rows(right, right_scale)
 
 
 @cache

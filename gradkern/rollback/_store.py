@@ -25,7 +25,7 @@ import torch
 
 from gradkern.errors import LedgerError
 from gradkern.rollback._layout import Layout
-from gradkern.rollback._tensor_file import safetensors_torch, sync_folder, write_whole
+from gradkern.rollback._tensor_file import load_tensors, safetensors_torch, sync_folder, write_tensors
 
 __all__ = ["Closing", "FileEntry", "StoreReader", "StoreWriter"]
 
@@ -297,9 +297,8 @@ class StoreWriter:
         end_step: int = 0,
         visits: int = 0,
     ) -> FileEntry:
-        """Write a file so that it is complete under its name or absent, even if the power goes."""
-        content = safetensors_torch().save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        write_whole(self.path / name, content)
+        """Write a file and describe it."""
+        content = write_tensors(self.path / name, tensors)
         checksum = hashlib.sha256(content).hexdigest()
         return FileEntry(name, role, checksum, len(content), first_step, end_step, visits)
 
@@ -419,8 +418,7 @@ class StoreReader:
                 f"{str(self.path / entry.name)!r} is damaged: its checksum differs from the committed one; "
                 f"restore the file from a copy"
             )
-        loaded: dict[str, torch.Tensor] = safetensors_torch().load(content)
-        return loaded
+        return load_tensors(content)
 
     def tensor_bytes(self, entry: FileEntry) -> dict[str, int]:
         """Bytes of a file's tensors, from its header alone.

@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["safetensors_torch", "sync_folder", "write_whole"]
+from torch import Tensor
+
+__all__ = ["load_tensors", "safetensors_torch", "sync_folder", "write_tensors", "write_whole"]
+
+
+def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> bytes:
+    """Write tensors as safetensors by :func:`write_whole`; returns the bytes."""
+    content: bytes = safetensors_torch().save({key: tensor.contiguous() for key, tensor in tensors.items()})
+    write_whole(target, content)
+    return content
+
+
+def load_tensors(content: bytes) -> dict[str, Tensor]:
+    """The tensors in what :func:`write_tensors` wrote.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    library = safetensors_torch()
+    from safetensors import SafetensorError
+
+    try:
+        loaded: dict[str, Tensor] = library.load(content)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return loaded
 
 
 def write_whole(target: Path, content: bytes) -> None:

@@ -1,0 +1,372 @@
+"""The experiment of the gradient rollback paper on Nations, from a ledger of ours.
+
+Lawrence, Sztyler and Niepert, "Explaining neural matrix factorization with gradient rollback", AAAI 2021. A matrix
+factorisation learns a knowledge graph one triple ``(head, relation, tail)`` at a time; each of its predictions for the
+test triples is explained by the training triples that an estimator says it rests on (GR), or by random ones that share
+head, relation or tail with it (NH), and the model is trained anew without those: 1, 10 or all that helped.
+
+``pd``: share of predictions whose probability falls by that; ``tc``: share where another tail comes first. Both say how
+an explanation does what it claims, and little about how exact its scores are.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import gradkern as gk
+from gradkern.rollback import Ledger
+
+from .harness import Report
+from .peers import FOLDER
+
+__all__ = [
+    "Experiment",
+    "Graph",
+    "complex_product",
+    "distmult",
+    "explained",
+    "load_graph",
+    "predicted",
+    "record_run",
+    "retrained",
+    "run_nations",
+]
+
+# Of the paper's table, in %: probability drop and top-1 change.
+PUBLISHED = {
+    "NH-1": (54, 18),
+    "NH-10": (66, 36),
+    "NH-all": (82, 70),
+    "GR-1": (93, 38),
+    "GR-10": (97, 83),
+    "GR-all": (100, 97),
+}
+
+SEEDS = (0, 1, 2, 3, 4)
+
+# Of models that are retrained at once, so that a step stays in the cache.
+_MODELS = 288
+
+_BETAS, _EPS = (0.9, 0.999), 1e-7
+
+Compose = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A knowledge graph.
+
+    Attributes:
+        train: Head, relation and tail of every triple, int64, shape ``(triples, 3)``.
+        valid: Likewise.
+        test: Likewise.
+        entities: How many there are.
+        relations: How many there are.
+    """
+
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    entities: int
+    relations: int
+
+
+def load_graph(name: str) -> Graph:
+    """One of the graphs in pykeen's wheel, read without its imports."""
+    found = importlib.machinery.PathFinder.find_spec("pykeen", [*sys.path, str(FOLDER)])
+    if found is None or found.submodule_search_locations is None:
+        raise ImportError("the data comes with pykeen, which is not installed; try `make bench-peers`")
+    folder = Path(found.submodule_search_locations[0]) / "datasets" / name
+    parts = {
+        part: [line.split("\t") for line in (folder / f"{part}.txt").read_text().splitlines()]
+        for part in ("train", "valid", "test")
+    }
+    triples = [triple for part in parts.values() for triple in part]
+    entities = {each: number for number, each in enumerate(sorted({end for h, _, t in triples for end in (h, t)}))}
+    relations = {each: number for number, each in enumerate(sorted({r for _, r, _ in triples}))}
+    numbers = {
+        part: torch.tensor([(entities[h], relations[r], entities[t]) for h, r, t in each])
+        for part, each in parts.items()
+    }
+    return Graph(**numbers, entities=len(entities), relations=len(relations))
+
+
+def distmult(head: Tensor, relation: Tensor, dim: int) -> Tensor:
+    """What a tail is multiplied with: the score is the inner product."""
+    return head * relation
+
+
+def complex_product(head: Tensor, relation: Tensor, dim: int) -> Tensor:
+    """The same for ComplEx, ``Re⟨head, relation, conj(tail)⟩``; real parts come first, imaginary ones second."""
+    (a, b), (c, d) = head.chunk(2, dim), relation.chunk(2, dim)
+    return torch.cat([a * c - b * d, a * d + b * c], dim)
+
+
+class Factorisation(nn.Module):
+    """Scores candidate tails: ``ids`` are head, relation and candidates, shape ``(batch, 2 + candidates)``."""
+
+    def __init__(self, entities: int, relations: int, width: int, compose: Compose) -> None:
+        super().__init__()
+        self.entities, self.relations = nn.Embedding(entities, width), nn.Embedding(relations, width)
+        for embedding in (self.entities, self.relations):
+            nn.init.uniform_(embedding.weight, -0.05, 0.05)
+        self.compose = compose
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Scores, shape ``(batch, candidates)``."""
+        heads_and_tails = self.entities(torch.cat([ids[:, :1], ids[:, 2:]], dim=1))
+        product = self.compose(heads_and_tails[:, :1], self.relations(ids[:, 1:2]), -1)
+        return (product * heads_and_tails[:, 1:]).sum(-1)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A training as in the paper: one triple a step, in the order of the file, Adam with a falling learning rate.
+
+    Attributes:
+        graph: What is learned.
+        compose: The model's form.
+        width: Numbers of an entity and of a relation.
+        epochs: Visits of every triple.
+        negatives: Wrong tails beside the right one; the same in all epochs and for all seeds.
+    """
+
+    graph: Graph
+    compose: Compose = distmult
+    width: int = 10
+    epochs: int = 10
+    negatives: int = 13
+
+    def model(self, seed: int) -> Factorisation:
+        """As it starts."""
+        torch.manual_seed(seed)
+        return Factorisation(self.graph.entities, self.graph.relations, self.width, self.compose)
+
+    def inputs(self) -> Tensor:
+        """Head, relation, right tail and wrong ones of every training triple."""
+        draws = []
+        for number, block in enumerate(self.graph.train.split(4096)):
+            drawn = np.random.RandomState(number).randint(self.graph.entities, size=(len(block), self.negatives))
+            head, tail = block[:, :1], block[:, 2:]
+            middle = (head + tail) // 2
+            other = torch.where(middle == tail, (middle + 1) % self.graph.entities, middle)
+            draws.append(torch.where(torch.from_numpy(drawn) == tail, other, torch.from_numpy(drawn)))
+        return torch.cat([self.graph.train, torch.cat(draws)], dim=1)
+
+    def steps(self) -> Iterator[tuple[int, float]]:
+        """Triple and learning rate of every step."""
+        for step in range(self.epochs * len(self.graph.train)):
+            yield step % len(self.graph.train), 3e-3 * 0.96 ** (step / 1000)
+
+    def tails(self, heads_and_relations: Tensor) -> Tensor:
+        """Inputs with every entity as a candidate."""
+        every = torch.arange(self.graph.entities).expand(len(heads_and_relations), -1)
+        return torch.cat([heads_and_relations, every], dim=1)
+
+    def known(self, heads_and_relations: Tensor) -> Tensor:
+        """Tails that training or validation triples have there, bool, shape ``(pairs, entities)``."""
+        given = torch.cat([self.graph.train, self.graph.valid])
+        table = torch.zeros(self.graph.entities, self.graph.relations, self.graph.entities, dtype=torch.bool)
+        table[given[:, 0], given[:, 1], given[:, 2]] = True
+        return table[heads_and_relations[:, 0], heads_and_relations[:, 1]]
+
+
+def record_run(experiment: Experiment, seed: int, path: Path) -> tuple[Factorisation, Ledger]:
+    """Train once, recorded."""
+    model, inputs = experiment.model(seed), experiment.inputs()
+    optimizer = gk.Adam(model.parameters(), betas=_BETAS, eps=_EPS)
+    right = torch.zeros(1, dtype=torch.int64)
+    with gk.rollback.record(model, optimizer, path, steps_per_segment=1000) as recorder:
+        for triple, lr in experiment.steps():
+            optimizer.param_groups[0]["lr"] = lr
+            with recorder.batch([triple]):
+                nn.functional.cross_entropy(model(inputs[triple : triple + 1]), right).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, gk.rollback.open(path)
+
+
+def retrained(experiment: Experiment, seed: int, is_dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Train models without some triples, many at once; what they skip, their optimizer does not see.
+
+    Args:
+        experiment: The training.
+        seed: Of its start.
+        is_dropped: Which triples each model leaves out, bool, shape ``(models, triples)``.
+
+    Returns:
+        Entities and relations of every model, of shapes ``(models, rows, width)``.
+    """
+    parts = [_retrained(experiment, seed, part) for part in is_dropped.split(_MODELS)]
+    entities, relations = zip(*parts, strict=True)
+    return torch.cat(entities), torch.cat(relations)
+
+
+def _retrained(experiment: Experiment, seed: int, is_dropped: Tensor) -> tuple[Tensor, Tensor]:
+    model, height = experiment.model(seed), experiment.graph.entities
+    start = torch.cat([model.entities.weight, model.relations.weight]).detach()
+    # Models along the last dimension, so that every operation runs along it.
+    weights = start.unsqueeze(-1).repeat(1, 1, len(is_dropped))
+    momenta, squares, update = torch.zeros_like(weights), torch.zeros_like(weights), torch.empty_like(weights)
+    kept = (~is_dropped).t().float()
+    taken = torch.zeros(len(is_dropped), dtype=torch.float64)
+    plans = [_Rows.of(ids, height) for ids in experiment.inputs()]
+    (beta1, beta2), is_whole = _BETAS, (~is_dropped).all(dim=0).tolist()
+    for triple, lr in experiment.steps():
+        rows, keeps = plans[triple], kept[triple]
+        gradient = rows.gradient(weights, experiment.compose)
+        taken += keeps
+        correction = (1 - beta2**taken).sqrt()
+        size = lr * correction / (1 - beta1**taken)
+        if not is_whole[triple]:
+            # Those that skip the triple are left as they are.
+            gradient.mul_(keeps)
+            size.mul_(keeps)
+            momenta.mul_(1 - (1 - beta1) * keeps)
+            squares.mul_(1 - (1 - beta2) * keeps)
+        else:
+            momenta.mul_(beta1)
+            squares.mul_(beta2)
+        momenta.index_add_(0, rows.used, gradient, alpha=1 - beta1)
+        squares.index_add_(0, rows.used, gradient.square_(), alpha=1 - beta2)
+        torch.sqrt(squares, out=update).add_((_EPS * correction).float())
+        torch.div(momenta, update, out=update)
+        weights.sub_(update.mul_(size.nan_to_num(0.0).float()))
+    entities, relations = weights.permute(2, 0, 1).split([height, experiment.graph.relations], dim=1)
+    return entities, relations
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows of entities and relations, one below the other, a step uses.
+
+    Attributes:
+        used: Different rows.
+        places: Of head, relation and candidates among them.
+    """
+
+    used: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, entities: int) -> _Rows:
+        """Of head, relation and candidates."""
+        ids = ids.clone()
+        ids[1] += entities
+        return cls(*torch.unique(ids, return_inverse=True))
+
+    def gradient(self, weights: Tensor, compose: Compose) -> Tensor:
+        """Of the cross-entropy of every model, shape ``(rows, width, models)``."""
+        rows = weights.index_select(0, self.used).requires_grad_()
+        looked_up = rows.index_select(0, self.places)
+        with torch.enable_grad():
+            scores = (compose(looked_up[:1], looked_up[1:2], 1) * looked_up[2:]).sum(1)
+            loss = (scores.logsumexp(0) - scores[0]).sum()
+        (gradient,) = torch.autograd.grad(loss, rows)
+        return gradient
+
+
+def predicted(experiment: Experiment, model: nn.Module, most: int | None = None) -> Tensor:
+    """Different triples that the model predicts for the test's heads and relations, at most so many; none is known."""
+    pairs = torch.unique(experiment.graph.test[:, :2], dim=0)
+    if most is not None:
+        pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:most]]
+    with torch.no_grad():
+        scores = model(experiment.tails(pairs)).masked_fill(experiment.known(pairs), -torch.inf)
+    return torch.cat([pairs, scores.argmax(1, keepdim=True)], dim=1)
+
+
+def explained(experiment: Experiment, model: nn.Module, ledger: Ledger, triples: Tensor) -> Tensor:
+    """How much less probable predictions are without training triples: fp64, shape ``(predictions, triples)``."""
+    queries = list(zip(experiment.tails(triples[:, :2]).split(1), triples[:, 2].split(1), strict=True))
+    found = ledger.scores(
+        model, queries, loss_fn=lambda scores, tail: -scores.softmax(1)[0, tail].sum(), estimator="paper"
+    )
+    assert torch.equal(found.ids, torch.arange(len(experiment.graph.train)))
+    return found.scores
+
+
+def _choices(experiment: Experiment, triples: Tensor, influence: Tensor, seed: int) -> dict[str, Tensor]:
+    """By name, which training triples to leave out for each prediction, bool, shape ``(predictions, triples)``."""
+    is_near = (experiment.graph.train == triples.unsqueeze(1)).any(dim=2)
+    order = torch.where(is_near & (influence >= 0), influence, -torch.inf).argsort(dim=1, descending=True)
+    helped = (is_near & (influence >= 0)).sum(1, keepdim=True)
+    noise = torch.rand(is_near.shape, generator=torch.Generator().manual_seed(seed))
+    at_random = torch.where(is_near, noise, -torch.inf).argsort(dim=1, descending=True)
+    near = is_near.sum(1, keepdim=True)
+    choices = {}
+    for name, ranked, most in (("GR", order, helped), ("NH", at_random, near)):
+        for what, count in (("1", most.clamp(max=1)), ("10", most.clamp(max=10)), ("all", helped)):
+            is_first = torch.arange(is_near.shape[1]) < count
+            choices[f"{name}-{what}"] = torch.zeros_like(is_near).scatter_(1, ranked, is_first)
+    return choices
+
+
+def _outcomes(
+    experiment: Experiment, seed: int, triples: Tensor, choices: dict[str, Tensor]
+) -> dict[str, tuple[float, float]]:
+    """By name, in %: predictions that became less probable, and those that another tail overtook."""
+    is_whole = torch.zeros(1, len(experiment.graph.train), dtype=torch.bool)
+    entities, relations = retrained(experiment, seed, torch.cat([is_whole, *choices.values()]))
+    heads, tails = triples[:, 0], triples[:, 2:]
+    known = experiment.known(triples[:, :2])
+
+    def evaluate(entities: Tensor, relations: Tensor) -> tuple[Tensor, Tensor]:
+        """Probability of every predicted tail, and the tail that comes first."""
+        number = torch.arange(len(triples)) % len(entities)
+        product = experiment.compose(entities[number, heads], relations[number, triples[:, 1]], 1)
+        scores = torch.einsum("pw,pew->pe", product, entities[number])
+        return scores.softmax(1).gather(1, tails), scores.masked_fill(known, -torch.inf).argmax(1, keepdim=True)
+
+    before, first = evaluate(entities[:1], relations[:1])
+    outcomes = {}
+    for number, name in enumerate(choices):
+        part = slice(1 + number * len(triples), 1 + (number + 1) * len(triples))
+        after, first_after = evaluate(entities[part], relations[part])
+        outcomes[name] = tuple(100 * float(each.float().mean()) for each in (after < before, first_after != first))
+    return outcomes
+
+
+def _run_case(
+    report: Report, case: str, experiment: Experiment, seeds: tuple[int, ...], most: int | None = None
+) -> None:
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            model, ledger = record_run(experiment, seed, Path(folder) / "ledger")
+            recorded = time.perf_counter()
+            triples = predicted(experiment, model, most)
+            choices = _choices(experiment, triples, explained(experiment, model, ledger, triples), seed)
+            scored = time.perf_counter()
+            outcomes = _outcomes(experiment, seed, triples, choices)
+            done = time.perf_counter()
+        for name, seconds in (("record", recorded - start), ("explain", scored - recorded), ("retrain", done - scored)):
+            found.setdefault((name, "seconds_per_seed", "s"), []).append(seconds)
+        for name, (drop, change) in outcomes.items():
+            found.setdefault((name, "pd", "%"), []).append(drop)
+            found.setdefault((name, "tc", "%"), []).append(change)
+            found.setdefault((name, "deleted", ""), []).append(float(choices[name].sum(1).float().mean()))
+        found.setdefault(("gradkern", "predictions", ""), []).append(float(len(triples)))
+    for (system, metric, unit), values in found.items():
+        report.add(case, system, metric, statistics.fmean(values), unit)
+
+
+def run_nations(report: Report) -> None:
+    """The paper's table, and the same with another model and on other graphs."""
+    nations = load_graph("nations")
+    _run_case(report, "Nations, DistMult", Experiment(nations), SEEDS)
+    for name, (drop, change) in PUBLISHED.items():
+        report.add("Nations, DistMult", f"{name}, published", "pd", drop, "%")
+        report.add("Nations, DistMult", f"{name}, published", "tc", change, "%")
