@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import grad
 
 import gradkern as gk
 from gradkern.rollback import Ledger
@@ -54,9 +55,6 @@ PUBLISHED = {
 }
 
 SEEDS = (0, 1, 2, 3, 4)
-
-# Of models that are retrained at once, so that a step stays in the cache.
-_MODELS = 288
 
 _BETAS, _EPS = (0.9, 0.999), 1e-7
 
@@ -198,7 +196,10 @@ def record_run(experiment: Experiment, seed: int, path: Path) -> tuple[Factorisa
 
 
 def retrained(experiment: Experiment, seed: int, is_dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Train models without some triples, many at once; what they skip, their optimizer does not see.
+    """Train models without some triples, all at once.
+
+    A model that skips a triple makes no step there, but the learning rate goes on as it does for the others, and with
+    it the count of steps that Adam corrects its bias by: Keras keeps one count for both.
 
     Args:
         experiment: The training.
@@ -208,73 +209,54 @@ def retrained(experiment: Experiment, seed: int, is_dropped: Tensor) -> tuple[Te
     Returns:
         Entities and relations of every model, of shapes ``(models, rows, width)``.
     """
-    parts = [_retrained(experiment, seed, part) for part in is_dropped.split(_MODELS)]
-    entities, relations = zip(*parts, strict=True)
-    return torch.cat(entities), torch.cat(relations)
-
-
-def _retrained(experiment: Experiment, seed: int, is_dropped: Tensor) -> tuple[Tensor, Tensor]:
     model, height = experiment.model(seed), experiment.graph.entities
     start = torch.cat([model.entities.weight, model.relations.weight]).detach()
     # Models along the last dimension, so that every operation runs along it.
     weights = start.unsqueeze(-1).repeat(1, 1, len(is_dropped))
-    momenta, squares, update = torch.zeros_like(weights), torch.zeros_like(weights), torch.empty_like(weights)
-    kept = (~is_dropped).t().float()
-    taken = torch.zeros(len(is_dropped), dtype=torch.float64)
-    plans = [_Rows.of(ids, height) for ids in experiment.inputs()]
-    (beta1, beta2), is_whole = _BETAS, (~is_dropped).all(dim=0).tolist()
-    for triple, lr in experiment.steps():
-        rows, keeps = plans[triple], kept[triple]
-        gradient = rows.gradient(weights, experiment.compose)
-        taken += keeps
-        correction = (1 - beta2**taken).sqrt()
-        size = lr * correction / (1 - beta1**taken)
-        if not is_whole[triple]:
-            # Those that skip the triple are left as they are.
-            gradient.mul_(keeps)
-            size.mul_(keeps)
-            momenta.mul_(1 - (1 - beta1) * keeps)
-            squares.mul_(1 - (1 - beta2) * keeps)
-        else:
-            momenta.mul_(beta1)
-            squares.mul_(beta2)
-        momenta.index_add_(0, rows.used, gradient, alpha=1 - beta1)
-        squares.index_add_(0, rows.used, gradient.square_(), alpha=1 - beta2)
-        torch.sqrt(squares, out=update).add_((_EPS * correction).float())
-        torch.div(momenta, update, out=update)
-        weights.sub_(update.mul_(size.nan_to_num(0.0).float()))
+    momenta, squares = torch.zeros_like(weights), torch.zeros_like(weights)
+    kept = (~is_dropped).t().float().contiguous()
+    (beta1, beta2), rows = _BETAS, [_rows(ids, height) for ids in experiment.inputs()]
+    for step, (triple, lr) in enumerate(experiment.steps(), start=1):
+        used, places = rows[triple]
+        looked_up = weights.index_select(0, used).index_select(0, places)
+        each = _gradient(looked_up, kept[triple], experiment.compose)
+        gradient = torch.zeros(len(used), *each.shape[1:]).index_add_(0, places, each)
+        correction = (1 - beta2**step) ** 0.5
+        sizes = torch.tensor([lr * correction / (1 - beta1**step), _EPS * correction])
+        # Before the decay, which then takes no pass of its own.
+        momenta.index_add_(0, used, gradient, alpha=(1 - beta1) / beta1)
+        squares.index_add_(0, used, gradient.square_(), alpha=(1 - beta2) / beta2)
+        _update(weights, momenta, squares, kept[triple], sizes)
     entities, relations = weights.permute(2, 0, 1).split([height, experiment.graph.relations], dim=1)
     return entities, relations
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Which rows of entities and relations, one below the other, a step uses.
+def _rows(ids: Tensor, entities: int) -> tuple[Tensor, Tensor]:
+    """The different rows a step uses, of entities and relations one below the other, and the place of each id there."""
+    ids = ids.clone()
+    ids[1] += entities
+    used, places = torch.unique(ids, return_inverse=True)
+    return used, places
 
-    Attributes:
-        used: Different rows.
-        places: Of head, relation and candidates among them.
-    """
 
-    used: Tensor
-    places: Tensor
+@torch.compile(dynamic=False)
+def _gradient(looked_up: Tensor, kept: Tensor, compose: Compose) -> Tensor:
+    """Of every model's cross-entropy by what was looked up for head, relation and candidates; 0 where it skips."""
 
-    @classmethod
-    def of(cls, ids: Tensor, entities: int) -> _Rows:
-        """Of head, relation and candidates."""
-        ids = ids.clone()
-        ids[1] += entities
-        return cls(*torch.unique(ids, return_inverse=True))
+    def loss(looked_up: Tensor) -> Tensor:
+        scores = (compose(looked_up[:1], looked_up[1:2], 1) * looked_up[2:]).sum(1)
+        return ((scores.logsumexp(0) - scores[0]) * kept).sum()
 
-    def gradient(self, weights: Tensor, compose: Compose) -> Tensor:
-        """Of the cross-entropy of every model, shape ``(rows, width, models)``."""
-        rows = weights.index_select(0, self.used).requires_grad_()
-        looked_up = rows.index_select(0, self.places)
-        with torch.enable_grad():
-            scores = (compose(looked_up[:1], looked_up[1:2], 1) * looked_up[2:]).sum(1)
-            loss = (scores.logsumexp(0) - scores[0]).sum()
-        (gradient,) = torch.autograd.grad(loss, rows)
-        return gradient
+    return grad(loss)(looked_up)
+
+
+@torch.compile(dynamic=False)
+def _update(weights: Tensor, momenta: Tensor, squares: Tensor, kept: Tensor, sizes: Tensor) -> None:
+    """Adam's, of the models that take the step."""
+    beta1, beta2 = _BETAS
+    momenta.mul_(1 - (1 - beta1) * kept)
+    squares.mul_(1 - (1 - beta2) * kept)
+    weights.sub_(momenta / (squares.sqrt() + sizes[1]) * (sizes[0] * kept))
 
 
 def predicted(experiment: Experiment, model: nn.Module, most: int | None = None) -> Tensor:
@@ -297,9 +279,16 @@ def explained(experiment: Experiment, model: nn.Module, ledger: Ledger, triples:
     return found.scores
 
 
+def _is_near(train: Tensor, triples: Tensor) -> Tensor:
+    """Which training triples share an entity, on whichever side, or the relation: ``(predictions, triples)``."""
+    ends, wanted = train[:, ::2], triples[:, ::2]
+    shares_entity = (ends[None, :, :, None] == wanted[:, None, None, :]).flatten(2).any(dim=2)
+    return shares_entity | (train[:, 1] == triples[:, 1:2])
+
+
 def _choices(experiment: Experiment, triples: Tensor, influence: Tensor, seed: int) -> dict[str, Tensor]:
     """By name, which training triples to leave out for each prediction, bool, shape ``(predictions, triples)``."""
-    is_near = (experiment.graph.train == triples.unsqueeze(1)).any(dim=2)
+    is_near = _is_near(experiment.graph.train, triples)
     order = torch.where(is_near & (influence >= 0), influence, -torch.inf).argsort(dim=1, descending=True)
     helped = (is_near & (influence >= 0)).sum(1, keepdim=True)
     noise = torch.rand(is_near.shape, generator=torch.Generator().manual_seed(seed))
