@@ -8,8 +8,6 @@ same order, with rows missing from its batches.
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch.func import functional_call, grad, vmap
 import gradkern as gk
 from gradkern.rollback import Ledger
 
-from .peers import FOLDER
+from .peers import data_folder
 
 __all__ = ["SETTINGS", "Setting", "datamodeling_score", "kept_samples", "record_run", "retrained_losses"]
 
@@ -79,10 +77,7 @@ class Setting:
 
 def _table(name: str, skipped_rows: int = 0) -> tuple[Tensor, Tensor]:
     """A file in scikit-learn's wheel, read without its imports: all columns but the last, and the last, shuffled."""
-    found = importlib.machinery.PathFinder.find_spec("sklearn", [*sys.path, str(FOLDER)])
-    if found is None or found.submodule_search_locations is None:
-        raise ImportError("the data comes with scikit-learn, which is not installed; try `make dev`")
-    file = Path(found.submodule_search_locations[0]) / "datasets" / "data" / name
+    file = data_folder("sklearn") / "datasets" / "data" / name
     table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32, skiprows=skipped_rows))
     table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
     return table[:, :-1], table[:, -1].long()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import logging
 import os
 import shutil
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["FP32", "LOW_BIT", "Maker", "available", "usable"]
+__all__ = ["FP32", "LOW_BIT", "Maker", "available", "data_folder", "usable"]
 
 Maker = Callable[[list[nn.Parameter], float], Optimizer]
 
@@ -36,6 +37,14 @@ def _lazy(module: str) -> Any:
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
     return importlib.import_module(module)
+
+
+def data_folder(package: str) -> Path:
+    """Where a package lies that brings data, found without importing it."""
+    found = importlib.machinery.PathFinder.find_spec(package, [*sys.path, str(FOLDER)])
+    if found is None or found.submodule_search_locations is None:
+        raise ImportError(f"the data comes with {package}, which is not installed; try `make bench-peers`")
+    return Path(found.submodule_search_locations[0])
 
 
 def _deepspeed_cpu_adam(params: list[nn.Parameter], lr: float) -> Optimizer:

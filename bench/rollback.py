@@ -9,7 +9,9 @@ seeds and half the width of the 95 % interval of that mean (Student's t).
 ``undo_*``: of random sets of samples of a recorded run, ``KL(trained without || fast)`` over ``KL(trained without ||
 untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
 
-What searching sketches takes is in ``bench.top_k``.
+``finished_*``: of a finished ledger, its bytes by sample, how many times that the deltas take in fp32, and the mean
+cosine of what it gives back with the deltas that the ledger has. What ``bench.nations`` adds is explained there, and what searching sketches takes in
+``bench.top_k``.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradkern.rollback import Replay
+from gradkern.rollback import Replay, finish
 
 from . import attribution
 from .harness import Report
@@ -37,6 +39,7 @@ from .influence import (
     record_run,
     retrained_losses,
 )
+from .nations import run_nations
 from .recording import run_overhead
 from .top_k import run_top_k
 
@@ -51,6 +54,7 @@ ESTIMATORS = {
     "gradkern ref": ("ref", "run"),
     "gradkern ref, expected": ("ref", "expected"),
     "gradkern direct": ("direct", "run"),
+    "gradkern paper": ("paper", "run"),
     "gradkern gauss_newton": ("gauss_newton", "run"),
     "gradkern metagradient": ("metagradient", "run"),
 }
@@ -63,14 +67,19 @@ MLPS = ("digits, MLP", "breast cancer, MLP")
 FORGOTTEN = (1, 10, 50, 100)
 SETS = 10
 
+# Of finished ledgers.
+RANKS = (1, 2, 4)
+
 # Of Student's t with two degrees of freedom, 97.5 %.
 _T = 4.303
 
 
 def run(report: Report, rounds: int) -> None:
-    """The overhead, searching, undoing, and every setting."""
+    """The overhead, searching, the paper's own experiment, finished ledgers, undoing, and every setting."""
     run_overhead(report, rounds)
     run_top_k(report, rounds)
+    run_nations(report)
+    _finished(report, "digits, MLP", digits_mlp())
     _undo(report, "digits, MLP", digits_mlp())
     for case, make in SETTINGS.items():
         _setting(report, case, make())
@@ -152,6 +161,29 @@ def _undo(report: Report, case: str, setting: Setting) -> None:
 
 def _replay(setting: Setting) -> Replay:
     return Replay(setting.fetch, setting.make_optimizer, nn.functional.cross_entropy)
+
+
+def _finished(report: Report, case: str, setting: Setting) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = record_run(setting, SEEDS[0], Path(folder) / "ledger")
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        # As good as exact: a rank that no matrix here exceeds.
+        whole = finish(Path(folder) / "ledger", Path(folder) / "whole.safetensors", rank=64)
+        for rank in RANKS:
+            finished = finish(Path(folder) / "ledger", Path(folder) / f"{rank}.safetensors", rank=rank)
+            flat = [
+                torch.cat([each.flatten(1) for each in file.deltas(file.ids).values()], dim=1)
+                for file in (whole, finished)
+            ]
+            nbytes = finished.nbytes / len(finished.ids)
+            report.add(case, f"gradkern, rank {rank}", "finished_bytes_per_sample", nbytes, "B")
+            report.add(case, f"gradkern, rank {rank}", "finished_compression", 4 * numel / nbytes, "x")
+            report.add(case, f"gradkern, rank {rank}", "finished_cosine", float(_cosine(*flat).mean()), "")
+
+
+def _cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Of every row."""
+    return nn.functional.cosine_similarity(left, right, dim=1)
 
 
 def _divergence(setting: Setting, model: nn.Module, other: nn.Module) -> float:
