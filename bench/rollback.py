@@ -10,8 +10,8 @@ seeds and half the width of the 95 % interval of that mean (Student's t).
 untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
 
 ``finished_*``: of a finished ledger, its bytes by sample, how many times that the deltas take in fp32, and the mean
-cosine of what it gives back with the deltas that the ledger has. What ``bench.nations`` adds is explained there, and what searching sketches takes in
-``bench.top_k``.
+cosine of what it gives back with the deltas that the ledger has. What ``bench.nations`` and ``bench.top_k`` add is
+explained there.
 """
 
 from __future__ import annotations
