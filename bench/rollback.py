@@ -7,6 +7,8 @@ the width of the 95 % interval of that mean (Student's t).
 
 ``undo_*``: of random sets of samples of a recorded run, ``KL(trained without || fast)`` over ``KL(trained without ||
 untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
+
+``kills*``: see ``bench.kills``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from gradkern.rollback import Replay
 
 from .harness import Report
 from .influence import SETTINGS, Setting, datamodeling_score, digits_mlp, record_run, retrained_losses
+from .kills import run_kills
 from .recording import run_overhead
 
 __all__ = ["run"]
@@ -52,7 +55,8 @@ _T = 4.303
 
 
 def run(report: Report, rounds: int) -> None:
-    """Every setting, undoing, and the overhead."""
+    """Every setting, undoing, the overhead, and kills."""
+    run_kills(report)
     run_overhead(report, rounds)
     _undo(report, "digits, MLP", digits_mlp())
     for case, make in SETTINGS.items():
