@@ -14,6 +14,9 @@ import gradkern as gk
 from gradkern.rollback import Ledger, Recorder
 from gradkern.step_event import ParamStep, StepEvent
 
+# For processes that are forked: what the first step and the first file would import anew in each of them, in seconds.
+PRELOADED = ["torch", "torch._dynamo", "safetensors.torch", "gradkern.rollback", "recorded_models"]
+
 
 class TokenModel(nn.Module):
     """Embedding, LayerNorm, Linear over tokens, with the output tied to the embedding."""

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from recorded_models import TokenModel, token_data, token_loss
+from recorded_models import PRELOADED, TokenModel, token_data, token_loss
 from torch import nn
 
 import gradkern as gk
@@ -19,7 +19,7 @@ from gradkern.rollback._sharing import unshare
 from gradkern.rollback._store import StoreReader
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "gradkern", "recorded_models"])
+PROCESSES.set_forkserver_preload(PRELOADED)
 
 
 @pytest.fixture

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import shutil
-import signal
-import time
 
 import pytest
 import torch
-from recorded_models import TokenModel, token_data, token_loss
+from recorded_models import PRELOADED, TokenModel, token_data, token_loss
 
 import gradkern as gk
 from gradkern.errors import LedgerError
@@ -20,7 +17,7 @@ from gradkern.rollback._store import StoreReader
 from gradkern.testing import same_bits
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "gradkern", "recorded_models"])
+PROCESSES.set_forkserver_preload(PRELOADED)
 
 STEPS = 11
 CHECKPOINT_EVERY = 4
@@ -49,8 +46,8 @@ def checkpoint(path, model, optimizer, recorder, step) -> None:
     os.replace(f"{path}.partial", path)
 
 
-def train(ledger, saved, steps=STEPS, done=None) -> TokenModel:
-    """Train to the end, from the checkpoint if there is one; ``done`` is told of every step."""
+def train(ledger, saved, steps=STEPS) -> TokenModel:
+    """Train to the end, from the checkpoint if there is one."""
     model, optimizer = made()
     first, resume = 0, None
     if saved.exists():
@@ -65,8 +62,6 @@ def train(ledger, saved, steps=STEPS, done=None) -> TokenModel:
             step_once(model, optimizer, recorder, step)
             if (step + 1) % CHECKPOINT_EVERY == 0:
                 checkpoint(saved, model, optimizer, recorder, step + 1)
-            if done is not None:
-                done.value = step + 1
     return model
 
 
@@ -98,41 +93,6 @@ def test_a_resumed_ledger_is_the_unbroken_one(tmp_path, unbroken):
         named = {entry.name for entry in StoreReader(ledger).files}
         files = {file.relative_to(ledger).as_posix() for file in ledger.rglob("*.*") if file.is_file()}
         assert files == named | {"catalog.sqlite", "writer.lock"}
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_kills_at_any_moment_change_no_byte(tmp_path, unbroken, seed):
-    """A loop that starts itself again from its last checkpoint until it gets to the end."""
-    expected_model, expected = unbroken
-    ledger, saved, drawn = tmp_path / "ledger", tmp_path / "saved.pt", random.Random(seed)
-    done = PROCESSES.Value("q", 0)
-    kills = 0
-    while kills < 4:
-        done.value = 0
-        process = PROCESSES.Process(target=train_in_child, args=(ledger, saved, done))
-        process.start()
-        first = drawn.randrange(1, STEPS)
-        while done.value < first and process.is_alive():
-            time.sleep(0.0005)
-        time.sleep(drawn.uniform(0.0, 0.01))
-        process.kill()
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
-        if saved.exists():
-            promised = torch.load(saved, weights_only=True)["step"]
-            assert gk.rollback.open(ledger).steps >= promised
-    model = train(ledger, saved)
-    assert contents(ledger) == expected
-    assert all(map(same_bits, model.parameters(), expected_model.parameters()))
-    assert gk.rollback.open(ledger).verify(model).passed
-
-
-def train_in_child(ledger, saved, done) -> None:
-    torch.set_num_threads(1)
-    train(ledger, saved, done=done)
 
 
 def test_state_is_taken_between_steps_alone(tmp_path, token_model):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from recorded_models import TokenModel, token_data, token_loss
+from recorded_models import PRELOADED, TokenModel, token_data, token_loss
 from torch import nn
 
 import gradkern as gk
@@ -21,7 +21,7 @@ from gradkern.rollback._store import StoreReader, StoreWriter
 from gradkern.testing import same_bits
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "gradkern", "recorded_models"])
+PROCESSES.set_forkserver_preload(PRELOADED)
 
 STEPS = 8
 IMAGES = ("images", "rare momentum")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from recorded_models import TokenModel, token_data, token_loss
+from recorded_models import PRELOADED, TokenModel, token_data, token_loss
 
 import gradkern as gk
 from gradkern.errors import LedgerError
@@ -27,7 +27,7 @@ from gradkern.testing import same_bits
 
 # A server process imports torch once; its children fork from it in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "gradkern", "recorded_models"])
+PROCESSES.set_forkserver_preload(PRELOADED)
 
 LAYOUT = Layout(
     model=(("weight", (4, 3), "float32"),),
@@ -215,6 +215,27 @@ def test_every_truncation_is_noticed(recorded):
         with pytest.raises(LedgerError, match=f"{file.name}.*is missing"):
             use_everything(gk.rollback.open(recorded.path), recorded.model)
         file.write_bytes(content)
+
+
+def test_the_last_segment_cut_off_at_any_byte_is_noticed(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2, bias=False)
+    optimizer = gk.AdamW(model.parameters(), lr=1e-2)
+    with gk.rollback.record(model, optimizer, tmp_path / "run", steps_per_segment=1) as recorder:
+        for _ in range(2):
+            with recorder.batch([0, 1]):
+                model(torch.eye(2)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ledger = gk.rollback.open(tmp_path / "run")
+    file = max((tmp_path / "run" / "segments").iterdir())
+    size = file.stat().st_size
+    assert ledger.verify(model).passed
+    for length in reversed(range(size)):
+        os.truncate(file, length)
+        (files, *_) = ledger.verify().checks
+        assert not files.passed
+        assert f"has {length} bytes, {size} were committed" in files.detail
 
 
 def test_a_folder_without_a_ledger_is_refused(tmp_path):
