@@ -115,37 +115,15 @@ void reduce_vector(Tensor rows, int64_t samples, Tensor codes, Tensor scales) {
               mutable_floats(scales));
 }
 
-// Bits of a matrix's flags.
-enum Flag : int64_t { kOverwriteWeight = 1, kHasBias = 2, kOverwriteBias = 4 };
-
-void add_to_sum(const Tensor& gradient, const Tensor& sum, bool overwrite) {
-  const int64_t size = sum.numel();
-  check_dense("record_matrices", "gradients", gradient, ScalarType::Float, size);
-  check_dense("record_matrices", "sums", sum, ScalarType::Float, size);
-  const Fold fold = overwrite ? Fold::kOverwrite : Fold::kAdd;
-  const int64_t chunks = (size + kChunk - 1) / kChunk;
-  torch::stable::parallel_for(0, chunks, grain_of(chunks, size), [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t at = chunk * kChunk;
-      kernels().accumulate(mutable_floats(sum) + at, floats(gradient) + at, DType::kFloat32,
-                           std::min(kChunk, size - at), fold, nullptr);
-    }
-  });
-}
-
-// Of several matrices: adds their gradients to sums, and writes the records of their factors to places of `block`
-// (gradkern.rollback._packing).
+// Of several matrices: writes the records of their factors, and those of the sums of the rows of left factors, to
+// places of `block` (gradkern.rollback._packing); a negative offset leaves out the latter.
 void record_matrices(HeaderOnlyArrayRef<Tensor> rows, HeaderOnlyArrayRef<Tensor> columns,
-                     HeaderOnlyArrayRef<Tensor> starts, HeaderOnlyArrayRef<Tensor> weight_grads,
-                     HeaderOnlyArrayRef<Tensor> weight_sums, HeaderOnlyArrayRef<Tensor> bias_grads,
-                     HeaderOnlyArrayRef<Tensor> bias_sums, HeaderOnlyArrayRef<int64_t> flags,
-                     HeaderOnlyArrayRef<int64_t> offsets, int64_t samples, Tensor block) {
+                     HeaderOnlyArrayRef<Tensor> starts, HeaderOnlyArrayRef<int64_t> offsets, int64_t samples,
+                     Tensor block) {
   const char* op = "record_matrices";
   const size_t count = rows.size();
-  STD_TORCH_CHECK(columns.size() == count && starts.size() == count && weight_grads.size() == count &&
-                      weight_sums.size() == count && bias_grads.size() == count && bias_sums.size() == count &&
-                      flags.size() == count && offsets.size() == 6 * count,
-                  op, ": the lists must be as long as one another");
+  STD_TORCH_CHECK(columns.size() == count && starts.size() == count && offsets.size() == 6 * count, op,
+                  ": the lists must be as long as one another");
   STD_TORCH_CHECK(block.is_contiguous() && block.scalar_type() == ScalarType::Byte, op,
                   ": block must be a contiguous uint8 tensor");
   auto* to = static_cast<unsigned char*>(block.mutable_data_ptr());
@@ -162,7 +140,6 @@ void record_matrices(HeaderOnlyArrayRef<Tensor> rows, HeaderOnlyArrayRef<Tensor>
     check_dense(op, "rows", rows[i], ScalarType::Float, samples * tokens * height);
     check_dense(op, "starts", starts[i], ScalarType::Float, rank * width);
     const int64_t* offset = offsets.data() + 6 * i;
-    add_to_sum(weight_grads[i], weight_sums[i], (flags[i] & kOverwriteWeight) != 0);
     const Reduction reduction = {floats(rows[i]),
                                  floats(columns[i]),
                                  floats(starts[i]),
@@ -176,13 +153,10 @@ void record_matrices(HeaderOnlyArrayRef<Tensor> rows, HeaderOnlyArrayRef<Tensor>
                                  reinterpret_cast<int8_t*>(place(offset[4], samples * kept * width)),
                                  reinterpret_cast<float*>(place(offset[1], 4 * samples * kept))};
     reduce_samples(reduction);
-    if ((flags[i] & kHasBias) != 0) {
-      add_to_sum(bias_grads[i], bias_sums[i], (flags[i] & kOverwriteBias) != 0);
-      if (tokens > 1) {
-        reduce_rows(floats(rows[i]), samples, tokens, height,
-                    reinterpret_cast<int8_t*>(place(offset[5], samples * height)),
-                    reinterpret_cast<float*>(place(offset[2], 4 * samples)));
-      }
+    if (offset[5] >= 0) {
+      reduce_rows(floats(rows[i]), samples, tokens, height,
+                  reinterpret_cast<int8_t*>(place(offset[5], samples * height)),
+                  reinterpret_cast<float*>(place(offset[2], 4 * samples)));
     }
   }
 }

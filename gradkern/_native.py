@@ -33,9 +33,8 @@ _SCHEMAS = (
     "_reduce_matrix_(Tensor? left, Tensor right, int samples, Tensor start, Tensor(a!) left_codes, "
     "Tensor(b!) left_scales, Tensor(c!) right_codes, Tensor(d!) right_scales) -> ()",
     "_reduce_vector_(Tensor rows, int samples, Tensor(a!) codes, Tensor(b!) scales) -> ()",
-    "_record_matrices_(Tensor[] rows, Tensor[] columns, Tensor[] starts, Tensor[] weight_grads, "
-    "Tensor(a!)[] weight_sums, Tensor[] bias_grads, Tensor(b!)[] bias_sums, int[] flags, int[] offsets, int samples, "
-    "Tensor(c!) block) -> ()",
+    "_record_matrices_(Tensor[] rows, Tensor[] columns, Tensor[] starts, int[] offsets, int samples, "
+    "Tensor(a!) block) -> ()",
     "_compare_gradients_(Tensor[] captured, Tensor[] gradients, Tensor(a!) squares) -> ()",
     "_measure_bends_(Tensor logits, Tensor grad, int samples, float scale, bool is_declared, Tensor(a!) sums) -> float",
     "_shadow_step_(Tensor[] gradients, Tensor(a!)[] momenta, Tensor(b!)[] deltas, Tensor[] second_moments, "

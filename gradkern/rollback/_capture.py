@@ -141,7 +141,7 @@ class _Linear(torch.autograd.Function):
         return input_grad, weight_grad, bias_grad, None, None
 
 
-def _watch(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
+def _watch(layer: OwnedLayer, sink: Sink, output: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Take a Linear's or Conv1D's factors at the node of ``output``; False where that is none of those known here."""
     node: Any = output.grad_fn
     while node is not None and node.name() in _VIEWS:
@@ -152,14 +152,15 @@ def _watch(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
     saved, is_transposed, shape = _PRODUCTS[name], layer.kind is LayerKind.CONV1D, output.shape
 
     def take(input_grads: Sequence[Tensor | None], output_grads: Sequence[Tensor]) -> None:
-        weight_grad = input_grads[-1]
-        if weight_grad is None:
-            return  # torch.autograd.grad of something else
         if torch.is_grad_enabled():
             raise LedgerError(
                 f"record: a gradient reached layer {layer.name!r} that is to be differentiated again "
-                f"(create_graph=True); what such a gradient does to the parameters cannot be told apart by sample"
+                f"(create_graph=True); what such a gradient does to the parameters cannot be told apart by sample. Run "
+                f"what is not trained on inside 'with recorder.paused()', forward and backward"
             )
+        weight_grad = input_grads[-1]
+        if weight_grad is None:
+            return  # torch.autograd.grad of something else
         # Asked for here: a hook that held its own node would be a cycle, and keep the graph until garbage is collected.
         grad, input = output_grads[0], getattr(torch._C._current_autograd_node(), saved)
         if len(shape) > 2:
@@ -171,8 +172,7 @@ def _watch(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
                 sink.take_bias(layer, grad, bias_grad)
             return
         if layer.is_output:
-            module: Any = layer.module
-            sink.take_logits(layer, F.linear(input, module.weight, module.bias), grad)
+            sink.take_logits(layer, F.linear(input, weight, bias), grad)
         sink.take_matrix(layer, grad, input, weight_grad.t(), bias_grad)
 
     node.register_hook(take)
@@ -395,9 +395,10 @@ def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     # Not through nn.Module's attributes, which take longer than all else here.
     parameters = layer.module._parameters
     weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
-    if _can_watch(weight, bias):
+    # Of other inputs torch adds the bias by itself, which is another node.
+    if _can_watch(weight, bias) and (bias is None or input.dim() == 2 or input.is_contiguous()):
         output = F.linear(input, weight, bias)
-        if _watch(layer, sink, output):
+        if _watch(layer, sink, output, weight, bias):
             return output
     return _apply(_Linear, input, weight, bias, layer, sink)
 
@@ -407,7 +408,7 @@ def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:
     module: Any = layer.module
     if _can_watch(module.weight, module.bias):
         output: Tensor = type(module).forward(module, x)
-        if _watch(layer, sink, output):
+        if _watch(layer, sink, output, module.weight, module.bias):
             return output
     return _apply(_Conv1D, x, module.weight, module.bias, layer, sink)
 

@@ -34,7 +34,7 @@ class Comparison:
     Attributes:
         record: Of which the first entry is compared.
         exact: Of a matrix its two factors, shapes ``(T, K)`` and ``(T, D)``; of an embedding the gradients of its
-            rows, shape ``(u, columns)``; of a vector rows that add up to it, shape ``(T, K)``. Copies.
+            rows, shape ``(u, columns)``; of a vector rows that add up to it, shape ``(T, K)``. Copies in host memory.
     """
 
     record: Record
@@ -43,11 +43,15 @@ class Comparison:
     @classmethod
     def of(cls, record: Record, *batches: torch.Tensor) -> Comparison:
         """Of the first sample of each of ``batches``, shape ``(B, ...)``."""
-        return cls(record, tuple(batch[0].detach().clone() for batch in batches))
+        return cls(record, tuple(batch[0].detach().to("cpu", copy=True) for batch in batches))
+
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(tensor.nbytes for tensor in self.exact)
 
     def measure(self) -> Fidelity:
         """Compare, in host memory."""
-        record, exact = self.record.cpu(), [tensor.cpu() for tensor in self.exact]
+        record, exact = self.record.cpu(), self.exact
         if isinstance(record, VectorRecord):
             gradient, recorded = exact[0].sum(dim=0), dequantize_rows(record.value[0], record.scale[0])
             products = gradient @ gradient, gradient @ recorded, recorded @ recorded

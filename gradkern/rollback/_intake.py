@@ -50,7 +50,8 @@ class Visits:
     def nbytes(self) -> int:
         """Bytes of all records."""
         packed = sum(block.content.nbytes for block in self.blocks)
-        return packed + sum(record.nbytes() for _, record in self.records)
+        exact = sum(comparison.nbytes() for _, comparison in self.comparisons)
+        return packed + sum(record.nbytes() for _, record in self.records) + exact
 
 
 @dataclass(slots=True)
@@ -61,16 +62,11 @@ class _Matrix:
     shape: Shape
     rows: Tensor
     columns: Tensor
-    weight_grad: Tensor
-    bias_grad: Tensor | None
 
 
-# Bytes of factors and gradients that may wait for the end of a backward pass. Small layers are reduced faster together;
+# Bytes of factors that may wait for the end of a backward pass. Small layers are reduced faster together;
 # large ones should not be kept.
 _MOST_WAITING = 1 << 18
-
-# Of csrc/rollback_ops.cpp, beside 1: the sum is overwritten.
-_HAS_BIAS, _OVERWRITE_BIAS = 2, 4
 
 
 class Intake:
@@ -134,11 +130,15 @@ class Intake:
 
     def end(self) -> None:
         """Attribute nothing any more."""
-        self._reduce_waiting()  # what a backward pass left that did not end
-        self._ids = None
+        try:
+            self._reduce_waiting()  # what a backward pass left that did not end
+        finally:
+            self._ids = None
 
     def take(self) -> Visits:
         """Hand over everything since the last call."""
+        if self.active:
+            self._reduce_waiting()  # a step inside the batch, or after a backward pass that did not end
         visits, self._visits, self._numbers = self._visits, Visits(), None
         return visits
 
@@ -177,11 +177,15 @@ class Intake:
                 self.take_bias(layer, rows, bias_grad)
             return
         self._visit_numbers(layer)
+        # At once: the tensors may become the parameters' gradients, which others add to.
+        self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
+        if bias_grad is not None and layer.bias is not None:
+            self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
         matrix = _Matrix(
             layer=layer,
             shape=Shape(
                 stream=layer.weight,
-                bias_stream=-1 if bias_grad is None or layer.bias is None else layer.bias,
+                bias_stream=layer.bias if bias_grad is not None and layer.bias is not None else -1,
                 tokens=self._tokens(layer, rows),
                 rank=len(self._starts[layer.weight]),
                 height=rows.shape[-1],
@@ -189,14 +193,12 @@ class Intake:
             ),
             rows=rows,
             columns=columns,
-            weight_grad=weight_grad,
-            bias_grad=bias_grad,
         )
-        if not self._waiting and not self._is_called_back:
+        if not self._is_called_back:
             torch.autograd.Variable._execution_engine.queue_callback(self._reduce_waiting)
             self._is_called_back = True
         self._waiting.append(matrix)
-        self._waiting_bytes += rows.nbytes + columns.nbytes + weight_grad.nbytes
+        self._waiting_bytes += rows.nbytes + columns.nbytes
         if self._waiting_bytes > _MOST_WAITING:
             self._reduce_all()
 
@@ -204,13 +206,11 @@ class Intake:
         """By torch, record by record."""
         layer, shape = matrix.layer, matrix.shape
         rows, columns = self._per_sample(layer, matrix.rows), self._per_sample(layer, matrix.columns)
-        self._shadows.add_gradient(self._streams[shape.stream].parameter, matrix.weight_grad)
         record = MatrixRecord(visit, *reduce_matrix(rows, columns, self._starts[shape.stream]))
         self._visits.records.append((shape.stream, record))
         if self._compare:
             self._visits.comparisons.append((shape.stream, Comparison.of(record, rows, columns)))
-        if matrix.bias_grad is not None and shape.bias_stream >= 0:
-            self._shadows.add_gradient(self._streams[shape.bias_stream].parameter, matrix.bias_grad)
+        if shape.bias_stream >= 0:
             self._add_vector(shape.bias_stream, VectorRecord(visit, *reduce_vector(rows)), rows)
 
     def _reduce_waiting(self) -> None:
@@ -235,30 +235,10 @@ class Intake:
         """In one native call."""
         packing = packing_of(len(visit), tuple(matrix.shape for matrix in matrices))
         content = torch.empty(packing.nbytes, dtype=torch.uint8)
-        rows = [matrix.rows.contiguous() for matrix in matrices]
-        columns = [matrix.columns.contiguous() for matrix in matrices]
-        weight_grads = [matrix.weight_grad.contiguous() for matrix in matrices]
-        weight_sums, bias_grads, bias_sums, flags = [], [], [], []
-        for matrix, weight_grad in zip(matrices, weight_grads, strict=True):
-            shape = matrix.shape
-            weight_sum, is_fresh = self._shadows.to_add_to(self._streams[shape.stream].parameter)
-            bias_grad, bias_sum, flag = weight_grad, weight_sum, int(is_fresh)
-            if matrix.bias_grad is not None and shape.bias_stream >= 0:
-                bias_sum, is_fresh = self._shadows.to_add_to(self._streams[shape.bias_stream].parameter)
-                bias_grad, flag = matrix.bias_grad.contiguous(), flag | _HAS_BIAS | (_OVERWRITE_BIAS * is_fresh)
-            weight_sums.append(weight_sum)
-            bias_grads.append(bias_grad)
-            bias_sums.append(bias_sum)
-            flags.append(flag)
         torch.ops.gradkern._record_matrices_(
-            rows,
-            columns,
+            [matrix.rows.contiguous() for matrix in matrices],
+            [matrix.columns.contiguous() for matrix in matrices],
             [self._starts[matrix.shape.stream] for matrix in matrices],
-            weight_grads,
-            weight_sums,
-            bias_grads,
-            bias_sums,
-            flags,
             packing.offsets,
             packing.samples,
             content,
@@ -269,15 +249,14 @@ class Intake:
             self._compare_block(block, matrices)
 
     def _compare_block(self, block: Block, matrices: Sequence[_Matrix]) -> None:
-        by_stream = dict(unpack([block]))
+        records = iter(unpack([block]))
         for matrix in matrices:
-            shape, rows = matrix.shape, self._per_sample(matrix.layer, matrix.rows)
-            columns = self._per_sample(matrix.layer, matrix.columns)
-            weight = Comparison.of(by_stream[shape.stream], rows, columns)
-            self._visits.comparisons.append((shape.stream, weight))
-            if shape.bias_stream >= 0:
-                bias = Comparison.of(by_stream[shape.bias_stream], rows)
-                self._visits.comparisons.append((shape.bias_stream, bias))
+            rows, columns = self._per_sample(matrix.layer, matrix.rows), self._per_sample(matrix.layer, matrix.columns)
+            stream, record = next(records)
+            self._visits.comparisons.append((stream, Comparison.of(record, rows, columns)))
+            if matrix.shape.bias_stream >= 0:
+                stream, record = next(records)
+                self._visits.comparisons.append((stream, Comparison.of(record, rows)))
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -48,14 +48,21 @@ class Packing:
         samples: Visits of each record.
         shapes: Of the matrices.
         offsets: Six of each, in bytes: left scale, right scale, scale of the bias, left codes, right codes, codes of
-            the bias; the last of three of them are not used where the bias is the left factor or there is none.
+            the bias; -1 for those of a bias that is the left factor, or where there is none.
         nbytes: Bytes of a block.
+        record_bytes: Bytes of the records taken apart, for counting alike what is packed and what is not.
     """
 
     samples: int
     shapes: tuple[Shape, ...]
     offsets: tuple[int, ...]
     nbytes: int
+    record_bytes: int
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a stream comes twice: a layer that was called twice."""
+        return len({shape.stream for shape in self.shapes}) < len(self.shapes)
 
 
 class Block(NamedTuple):
@@ -72,20 +79,27 @@ class Block(NamedTuple):
     content: Tensor
 
 
-@cache
+@lru_cache(maxsize=256)
 def packing_of(samples: int, shapes: tuple[Shape, ...]) -> Packing:
     """How the records of these matrices lie in a block: fp32 scales first, which keeps them aligned."""
-    offsets: list[list[int]] = []
-    end = 0
+    scales, codes, record_bytes = 0, 0, 0
+    sizes: list[tuple[int, int, int]] = []
     for shape in shapes:
         kept = min(shape.tokens, shape.rank)
-        offsets.append([end, end + 4 * samples * kept, end + 8 * samples * kept])
-        end += 8 * samples * kept + (4 * samples if _has_own_bias(shape) else 0)
-    for each, shape in zip(offsets, shapes, strict=True):
-        kept = min(shape.tokens, shape.rank)
-        each += [end, end + samples * kept * shape.height, end + samples * kept * (shape.height + shape.width)]
-        end = each[-1] + (samples * shape.height if _has_own_bias(shape) else 0)
-    return Packing(samples, shapes, tuple(offset for each in offsets for offset in each), end)
+        own_bias = shape.height if _has_own_bias(shape) else 0
+        sizes.append((kept, own_bias, 4 * samples * (2 * kept + (1 if own_bias else 0))))
+        scales += sizes[-1][2]
+        record_bytes += samples * (4 + kept * (8 + shape.height + shape.width))
+        record_bytes += samples * (8 + shape.height) if shape.bias_stream >= 0 else 0
+    offsets: list[int] = []
+    at, codes = 0, scales
+    for shape, (kept, own_bias, scale_bytes) in zip(shapes, sizes, strict=True):
+        left, right = codes, codes + samples * kept * shape.height
+        end = right + samples * kept * shape.width
+        bias = (at + 8 * samples * kept, end) if own_bias else (-1, -1)
+        offsets += (at, at + 4 * samples * kept, bias[0], left, right, bias[1])
+        at, codes = at + scale_bytes, end + samples * own_bias
+    return Packing(samples, shapes, tuple(offsets), codes, record_bytes)
 
 
 def _has_own_bias(shape: Shape) -> bool:
@@ -94,7 +108,11 @@ def _has_own_bias(shape: Shape) -> bool:
 
 
 def unpack(blocks: Sequence[Block]) -> list[tuple[int, Record]]:
-    """The records of blocks of one packing, those of a stream in one record."""
+    """The records of blocks of one packing, in the order of its shapes: of all blocks in one.
+
+    A stream that the packing has twice comes twice; blocks of such are to be taken apart one by one, or visits would
+    not ascend from step to step.
+    """
     packing = blocks[0].packing
     content = torch.stack([block.content for block in blocks])
     visit = torch.cat([block.visit for block in blocks])

@@ -62,10 +62,11 @@ class StepRecord:
     log: StepLog | None = None
 
     def nbytes(self) -> int:
-        """Bytes of all records, preconditioners and states."""
+        """Bytes of all records, comparisons, preconditioners and states."""
         log = 0 if self.log is None else self.log.nbytes()
-        packed = sum(block.content.nbytes for block in self.blocks)
-        return packed + sum(record.nbytes() for _, record in self.records) + self.smoothed.nbytes + log
+        packed = sum(block.packing.record_bytes for block in self.blocks)
+        exact = sum(comparison.nbytes() for _, comparison in self.comparisons)
+        return packed + sum(record.nbytes() for _, record in self.records) + exact + self.smoothed.nbytes + log
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +262,9 @@ def _unpacked(
         for first, step in zip(bounds, steps, strict=False)
         for block in step.blocks
     ]
-    parts: list[Iterable[tuple[int, Record]]] = [unpack(list(run)) for _, run in groupby(blocks, key=_packing)]
+    runs = [list(run) for _, run in groupby(blocks, key=_packing)]
+    together = [[run] if not run[0].packing.repeats else [[block] for block in run] for run in runs]
+    parts: list[Iterable[tuple[int, Record]]] = [unpack(each) for run in together for each in run]
     firsts = [0] * len(parts) + list(bounds[: len(steps)])
     return firsts, parts + [step.records for step in steps]
 

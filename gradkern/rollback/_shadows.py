@@ -92,10 +92,10 @@ class Shadows:
 
     def add_gradient(self, index: int, gradient: Tensor) -> None:
         """Add captured gradient, of the parameter's shape, to what waits for the next step."""
-        waiting, is_fresh = self.to_add_to(index)
+        waiting, is_fresh = self._to_add_to(index)
         (waiting.copy_ if is_fresh else waiting.add_)(gradient.view_as(waiting))
 
-    def to_add_to(self, index: int) -> tuple[Tensor, bool]:
+    def _to_add_to(self, index: int) -> tuple[Tensor, bool]:
         """The sum to add captured gradient to, and whether that is to overwrite it, as it is no longer afterwards."""
         is_fresh = index in self._fresh
         self._fresh.discard(index)
@@ -120,7 +120,7 @@ class Shadows:
 
     def add_gradient_rows(self, index: int, rows: Tensor, values: Tensor) -> None:
         """Add captured gradient of some rows: ``rows`` of shape ``(n,)``, ``values`` ``(n, columns)``."""
-        waiting, is_fresh = self.to_add_to(index)
+        waiting, is_fresh = self._to_add_to(index)
         if is_fresh:
             waiting.zero_()
         waiting.index_add_(0, rows, values)
@@ -166,7 +166,7 @@ class Shadows:
                 numbers.extend((step_size, root_scale, eps, has_gradient, has_moment))
             if moment is None:
                 moment = self._momenta[index]
-            second_moments.append(moment if moment.dtype == torch.float32 else moment.float())
+            second_moments.append(moment.float().contiguous())
         smoothed = torch.zeros(self._smoothed_size, dtype=torch.bfloat16)
         is_finite = torch.ops.gradkern._shadow_step_(
             *self._in_order,

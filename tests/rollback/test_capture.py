@@ -343,3 +343,115 @@ def test_a_recorded_forward_leaves_no_cycle(token_model, tmp_path):
 
 class Probe:
     pass
+
+
+class Shared(nn.Module):
+    """Two checkpointed segments around one layer, as reentrant checkpointing runs them: a backward pass each."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = checkpoint(lambda each: torch.tanh(self.body(each)), x, use_reentrant=True)
+        return self.head(x)
+
+
+def train_classes(model, path, *, steps=9, each_batch=None, **options):
+    torch.manual_seed(1)
+    inputs, labels = torch.randn(8, 6), torch.arange(8) % 3
+    optimizer = gk.AdamW(model.parameters(), lr=1e-2)
+    with gk.rollback.record(model, optimizer, path, **options) as recorder:
+        for step in range(steps):
+            with recorder.batch(range(8)):
+                if each_batch is not None:
+                    each_batch(recorder, optimizer, model, inputs, step)
+                nn.functional.cross_entropy(model(inputs.requires_grad_()), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return gk.rollback.open(path)
+
+
+def test_a_layer_in_two_reentrant_segments(tmp_path):
+    torch.manual_seed(0)
+    model = Shared()
+    assert train_classes(model, tmp_path / "run").verify(model).passed
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("out of luck")
+
+
+def test_a_backward_that_failed_can_be_discarded_and_tried_again(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def fail(recorder, optimizer, model, inputs, step):
+        if step in (0, 3):
+            hidden = Fails.apply(model[0](inputs))
+            with pytest.raises(RuntimeError, match="out of luck"):
+                model[2](hidden).sum().backward()
+            recorder.discard()
+            optimizer.zero_grad()
+
+    ledger = train_classes(model, tmp_path / "run", each_batch=fail)
+    assert ledger.visits == 9 * 8
+    assert ledger.verify(model).passed
+
+
+def test_gradients_that_are_differentiated_again_are_refused(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def penalise(recorder, optimizer, model, inputs, step):
+        torch.autograd.grad(model(inputs.requires_grad_()).sum(), inputs, create_graph=True)
+
+    with pytest.raises(LedgerError, match=r"create_graph=True.*recorder\.paused"):
+        train_classes(model, tmp_path / "run", each_batch=penalise)
+
+    def look(recorder, optimizer, model, inputs, step):
+        with recorder.paused():
+            penalise(recorder, optimizer, model, inputs, step)
+
+    assert train_classes(model, tmp_path / "other", each_batch=look).verify(model).passed
+
+
+def test_gradients_edited_by_hooks_are_noticed(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 3))
+
+    def halve(parameter):
+        parameter.grad.mul_(0.5)
+
+    model[0].weight.register_post_accumulate_grad_hook(halve)
+    with pytest.raises(LedgerError, match=r"'0\.weight' at this step is not what the recorded batches gave it"):
+        train_classes(model, tmp_path / "run")
+
+
+def test_a_model_in_channels_last(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Unflatten(1, (2, 3, 1)), nn.Conv2d(2, 4, (2, 1)), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)
+    ).to(memory_format=torch.channels_last)
+    assert train_classes(model, tmp_path / "run").verify(model).passed
+
+
+def test_weights_of_the_moment_make_the_logits(tmp_path):
+    """Curvature is read from the weights that forward used, here others than the layer's own."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    optimizer = gk.SGD(model.parameters(), lr=0.1)
+    other = {name: torch.nn.Parameter(2 * each.detach()) for name, each in model.named_parameters()}
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder, recorder.batch(range(8)):
+        logits = torch.func.functional_call(model, other, torch.randn(8, 6, requires_grad=True))
+        nn.functional.cross_entropy(logits, torch.arange(8) % 3).backward()
+        (visits,) = [bends for _, bends in recorder._intake._visits.bends]
+        assert torch.isfinite(visits).all()
+        recorder.discard()

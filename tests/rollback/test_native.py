@@ -13,8 +13,10 @@ from torch import nn
 
 import gradkern as gk
 from gradkern import _native
+from gradkern.rollback import _intake, _writer
 from gradkern.rollback._curvature import measure_bends
 from gradkern.rollback._layout import ParameterInfo
+from gradkern.rollback._reading import read_segments
 from gradkern.rollback._reduce import reduce_matrix, reduce_vector
 from gradkern.rollback._shadows import Applied, Shadows
 from gradkern.step_event import ParamStep
@@ -127,7 +129,10 @@ def followed(seed, kind):
         found.append(shadows.step(applied))
     state = shadows.state_dict()
     found += [*state["momenta"].values(), *state["deltas"].values()]
-    return [*found, torch.tensor([state["roundings"], state["momentum_roundings"], state["decays"]])]
+    return [
+        *found,
+        torch.tensor([state[key] for key in ("roundings", "momentum_roundings", "decays")], dtype=torch.float64),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
@@ -153,25 +158,73 @@ def test_shadows_refuse_what_is_not_finite_before_anything_changes():
             assert shadows.decays == [1.0, 1.0]
 
 
-def recorded_files(path, make_model, data, accumulate):
+class Twice(nn.Module):
+    """A layer that is called twice, and one whose bias is shared out over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.again(torch.tanh(self.again(torch.tanh(self.first(x)))))))
+
+
+def record_to(path, make_model, data, loss, accumulate=1, **options):
     torch.manual_seed(0)
     model = make_model()
     optimizer = gk.AdamW(model.parameters(), lr=1e-2, max_norm=1.0)
-    with gk.rollback.record(model, optimizer, path, steps_per_segment=4) as recorder:
+    with gk.rollback.record(model, optimizer, path, **options) as recorder:
         for step in range(9):
             for part in data[torch.arange(8) + step % 3 * 2].chunk(accumulate):
                 with recorder.batch(range(len(part))):
-                    (token_loss(model(part), part) / accumulate).backward()
+                    (loss(model(part), part) / accumulate).backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert gk.rollback.open(path).verify(model).passed
-    return {file.name: file.read_bytes() for file in sorted(path.rglob("*.safetensors"))}
+    ledger = gk.rollback.open(path)
+    assert ledger.verify(model).passed
+    return model, ledger, {file.name: file.read_bytes() for file in sorted(path.rglob("*.safetensors"))}
 
 
+def class_loss(logits, inputs):
+    return nn.functional.cross_entropy(logits, (inputs.sum(1) > 0).long())
+
+
+CASES = {"token model": (TokenModel, token_data(), token_loss), "a layer twice": (Twice, normal(0, 16, 6), class_loss)}
+
+
+@pytest.mark.parametrize("steps_per_segment", [4, None])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_whole_ledgers_are_the_same_to_the_byte(tmp_path, accumulate):
-    native = recorded_files(tmp_path / "native", TokenModel, token_data(), accumulate)
+@pytest.mark.parametrize("case", CASES)
+def test_whole_ledgers_are_the_same_to_the_byte(tmp_path, monkeypatch, case, accumulate, steps_per_segment):
+    monkeypatch.setattr(_writer, "_FULL_BYTES", 4000)
+    monkeypatch.setattr(_writer, "_LEAST_STEPS", 2)
+    options = {"accumulate": accumulate, "steps_per_segment": steps_per_segment}
+    *_, native = record_to(tmp_path / "native", *CASES[case], **options)
     with gk.use_backend("reference"):
-        reference = recorded_files(tmp_path / "reference", TokenModel, token_data(), accumulate)
+        *_, reference = record_to(tmp_path / "reference", *CASES[case], **options)
     assert native == reference
     assert len(native) > 3
+
+
+@pytest.mark.parametrize("most_waiting", [0, 300])
+def test_what_is_reduced_early_is_the_same(tmp_path, monkeypatch, most_waiting):
+    model, ledger, _ = record_to(tmp_path / "late", *CASES["a layer twice"])
+    monkeypatch.setattr(_intake, "_MOST_WAITING", most_waiting)
+    _, early, _ = record_to(tmp_path / "early", *CASES["a layer twice"])
+    query = normal(1, 1, 6)
+    for estimator in ("direct", "ref", "paper"):
+        expected, found = (
+            each.scores(model, query, loss_fn=class_loss, estimator=estimator).scores for each in (ledger, early)
+        )
+        assert torch.equal(found, expected)
+
+
+def test_a_layer_called_twice_is_credited_to_the_right_visits(tmp_path):
+    """What both calls of the layer left of a visit is its gradient, in every step of a file of many."""
+    _, ledger, _ = record_to(tmp_path / "run", *CASES["a layer twice"], steps_per_segment=9)
+    (segment,) = read_segments(ledger._store)
+    for record in segment.records.values():
+        steps = torch.searchsorted(segment.visit_bounds, record.visit.long(), right=True) - 1
+        assert bool((steps.diff() >= 0).all())
+    again = [index for index, stream in enumerate(ledger._layout.streams) if stream.layer == "again"]
+    assert all(len(segment.records[index].visit) == 2 * len(segment.visit_ids) for index in again)
