@@ -189,8 +189,11 @@ class _Sums:
         position = torch.searchsorted(self._used.ids, segment.visit_ids).clamp(max=len(self._used.ids) - 1)
         is_meant = self._used.ids[position] == segment.visit_ids
         records = {stream: record.take(is_meant[record.visit.long()]) for stream, record in segment.records.items()}
+        bounds = {
+            stream: torch.searchsorted(record.visit.long(), segment.visit_bounds).tolist()
+            for stream, record in records.items()
+        }
         for step in reversed(range(segment.steps)):
-            first_visit, end_visit = segment.visit_bounds[step : step + 2].tolist()
             for index, reach in self._reach.items():
                 scalars = segment.step_scalars(step, index)
                 if scalars is None:
@@ -200,7 +203,7 @@ class _Sums:
                 share = scalars.grad_weight * scalars.multiplier
                 for stream in self._streams[index]:
                     if stream in records:
-                        record = records[stream].between(first_visit, end_visit)
+                        record = records[stream].take(slice(*bounds[stream][step : step + 2]))
                         self._subtract(index, record, position[record.visit.long()], share)
                 self._decays[index] *= scalars.decay
                 reach.mul_(scalars.momentum)

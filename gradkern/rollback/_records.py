@@ -63,8 +63,8 @@ class Record:
         low, high = torch.searchsorted(self.visit, bounds).tolist()
         return type(self)(**{name: tensor[low:high] for name, tensor in self.tensors().items()})
 
-    def take(self, entries: torch.Tensor) -> Record:
-        """Some entries: their numbers, or a mask."""
+    def take(self, entries: torch.Tensor | slice) -> Record:
+        """Some entries: their numbers, a mask, or a slice."""
         return type(self)(**{name: tensor[entries] for name, tensor in self.tensors().items()})
 
     def narrowed(self) -> Record:
