@@ -13,7 +13,7 @@ from torch import nn
 
 import gradkern as gk
 from gradkern.errors import LedgerError
-from gradkern.rollback import _finished, _store
+from gradkern.rollback import _finished, _tensor_file
 from gradkern.rollback._json_tensor import from_tensor, to_tensor
 
 
@@ -138,7 +138,7 @@ def test_what_interrupts_writing_leaves_no_file(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(_store.os, "fsync", fail)
+        patched.setattr(_tensor_file.os, "fsync", fail)
         with pytest.raises(OSError, match="no space left"):
             gk.rollback.finish(tmp_path / "run", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
@@ -156,7 +156,7 @@ def test_the_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
         seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "out.safetensors").exists()))
         fsync(descriptor)
 
-    monkeypatch.setattr(_store.os, "fsync", note)
+    monkeypatch.setattr(_tensor_file.os, "fsync", note)
     gk.rollback.finish(tmp_path / "run", tmp_path / "out.safetensors")
     assert seen == [(str(tmp_path / "out.partial"), False), (str(tmp_path), True)]
 
