@@ -79,17 +79,8 @@ inline double lanes_dot_wide(const float* a, const float* b, int64_t size) {
   return fold_lanes(lanes);
 }
 
-// The largest magnitude; NaN if there is one, for its bits are above those of infinity.
-inline float largest_magnitude(const float* x, int64_t size) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const uint32_t bits = magnitude_bits(x + i);
-    largest = bits > largest ? bits : largest;
-  }
-  float found;
-  __builtin_memcpy(&found, &largest, 4);
-  return found;
-}
+// The largest magnitude; NaN if there is one.
+inline float largest_magnitude(const float* x, int64_t size) { return static_cast<float>(abs_max(x, size)); }
 
 // Row k of `to` becomes the sum over rows of weights[k][row] * rows[row]: four sums of every fourth row, added in
 // pairs. Whole rows at a time: columns of rows whose stride is a power of two share few sets of a cache.
