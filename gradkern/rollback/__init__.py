@@ -11,7 +11,8 @@ from gradkern.rollback._estimators import Influence, Scores
 from gradkern.rollback._finished import FinishedLedger, finish, open_finished
 from gradkern.rollback._ledger import Ledger
 from gradkern.rollback._ledger import open_ledger as open
-from gradkern.rollback._recorder import RecordableOptimizer, Recorder, record
+from gradkern.rollback._recorder import RecordableOptimizer, Recorder
+from gradkern.rollback._recording import record
 from gradkern.rollback._replay import Replay
 from gradkern.rollback._sketch_index import SketchIndex
 from gradkern.rollback._sketches import Sketches, open_sketches
