@@ -27,7 +27,7 @@ from .attribution_peers.job import Job, Trial, reason_file, save, scores_file
 from .harness import Report
 from .influence import Setting, datamodeling_score, kept_samples, retrained_losses
 
-__all__ = ["SYSTEMS", "System", "available", "make_job", "run_trials", "scores", "tune"]
+__all__ = ["SYSTEMS", "System", "available", "ensemble_seeds", "make_job", "run_trials", "scores", "tune"]
 
 TUNING_SEED = 9
 TUNING_SHARE = 0.1
@@ -136,8 +136,7 @@ def _command(peer: str) -> list[str | Path]:
 def make_job(setting: Setting, seed: int, trials: Sequence[Trial]) -> Job:
     """The setting's run, trained with checkpoints, and runs from other seeds."""
     states = _checkpoints(setting, seed)
-    # Not the seeds of `trak50`: a peer must not see the models that judge it.
-    ensemble = [_checkpoints(setting, 7000 + 10 * seed + other)[-1] for other in range(ENSEMBLE)]
+    ensemble = [_checkpoints(setting, other)[-1] for other in ensemble_seeds(seed)]
     return Job(
         setting.model(seed),
         states,
@@ -152,6 +151,11 @@ def make_job(setting: Setting, seed: int, trials: Sequence[Trial]) -> Job:
         setting.max_norm,
         trials,
     )
+
+
+def ensemble_seeds(seed: int) -> list[int]:
+    """Of further runs, none of them one of ``trak50``: an estimator must not see the models that judge it."""
+    return [7000 + 10 * seed + other for other in range(ENSEMBLE)]
 
 
 def _checkpoints(setting: Setting, seed: int) -> list[dict[str, Tensor]]:

@@ -111,6 +111,10 @@ def _environment(device: torch.device) -> dict[str, Any]:
     return {**_machine(device), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
 
 
+def _fact(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return record["case"], record["system"], record["metric"]
+
+
 @dataclass
 class Report:
     """Records of one suite, printed as they come and written as JSON."""
@@ -147,6 +151,13 @@ class Report:
     def add_ratio(self, case: str, metric: str, timings: Timings, slow: str, fast: str) -> None:
         """How many times the minimum of ``fast`` fits into the minimum of ``slow``."""
         self.add(case, f"{slow} / {fast}", metric, min(timings[slow]) / min(timings[fast]), "x")
+
+    def write_into(self, path: str | None) -> None:
+        """Write the records to ``path`` in place of those of the same case, system and metric, beside the others."""
+        if path is not None and Path(path).exists():
+            new = {_fact(record) for record in self.records}
+            self.records[:0] = [record for record in json.loads(Path(path).read_text()) if _fact(record) not in new]
+        self.write(path)
 
     def write(self, path: str | None) -> None:
         """Write the records to ``path``, atomically, if there is one."""

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -68,12 +69,23 @@ void reduce_samples(const Reduction& all) {
   });
 }
 
-void reduce_rows(const float* rows, int64_t samples, int64_t tokens, int64_t width, int8_t* codes, float* scales) {
+// factors: of every element, or null.
+void reduce_rows(const float* rows, const float* factors, int64_t samples, int64_t tokens, int64_t width, int8_t* codes,
+                 float* scales) {
   const auto reduce = kernels().reduce_vector;
-  torch::stable::parallel_for(0, samples, grain_of(samples, samples * tokens * width), [&](int64_t begin, int64_t end) {
+  const int64_t size = tokens * width;
+  torch::stable::parallel_for(0, samples, grain_of(samples, samples * size), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(tokens > 1 ? tokens + 5 * width : 0);
+    std::vector<float> products(factors == nullptr ? 0 : size);
     for (int64_t i = begin; i < end; ++i) {
-      reduce(rows + i * tokens * width, tokens, width, scratch.data(), codes + i * width, scales + i);
+      const float* from = rows + i * size;
+      if (factors != nullptr) {
+        for (int64_t at = 0; at < size; ++at) {
+          products[at] = from[at] * factors[i * size + at];
+        }
+        from = products.data();
+      }
+      reduce(from, tokens, width, scratch.data(), codes + i * width, scales + i);
     }
   });
 }
@@ -101,18 +113,21 @@ void reduce_matrix(std::optional<Tensor> left, Tensor right, int64_t samples, Te
                   static_cast<int8_t*>(right_codes.mutable_data_ptr()), mutable_floats(right_scales)});
 }
 
-// rows: (samples, tokens, width) in any shape of that order.
-void reduce_vector(Tensor rows, int64_t samples, Tensor codes, Tensor scales) {
+// rows, and factors where there are any: (samples, tokens, width) in any shape of that order.
+void reduce_vector(Tensor rows, std::optional<Tensor> factors, int64_t samples, Tensor codes, Tensor scales) {
   const char* op = "reduce_vector";
   const int64_t width = last_size(rows);
   STD_TORCH_CHECK(samples > 0 && width > 0 && rows.numel() % (samples * width) == 0, op, ": rows of ", rows.numel(),
                   " elements do not divide into ", samples, " samples of rows of ", width);
   const int64_t tokens = rows.numel() / (samples * width);
   check_dense(op, "rows", rows, ScalarType::Float, samples * tokens * width);
+  if (factors.has_value()) {
+    check_dense(op, "factors", *factors, ScalarType::Float, samples * tokens * width);
+  }
   check_dense(op, "codes", codes, ScalarType::Char, samples * width);
   check_dense(op, "scales", scales, ScalarType::Float, samples);
-  reduce_rows(floats(rows), samples, tokens, width, static_cast<int8_t*>(codes.mutable_data_ptr()),
-              mutable_floats(scales));
+  reduce_rows(floats(rows), factors.has_value() ? floats(*factors) : nullptr, samples, tokens, width,
+              static_cast<int8_t*>(codes.mutable_data_ptr()), mutable_floats(scales));
 }
 
 // Of several matrices: writes the records of their factors, and those of the sums of the rows of left factors, to
@@ -154,10 +169,35 @@ void record_matrices(HeaderOnlyArrayRef<Tensor> rows, HeaderOnlyArrayRef<Tensor>
                                  reinterpret_cast<float*>(place(offset[1], 4 * samples * kept))};
     reduce_samples(reduction);
     if (offset[5] >= 0) {
-      reduce_rows(floats(rows[i]), samples, tokens, height,
+      reduce_rows(floats(rows[i]), nullptr, samples, tokens, height,
                   reinterpret_cast<int8_t*>(place(offset[5], samples * height)),
                   reinterpret_cast<float*>(place(offset[2], 4 * samples)));
     }
+  }
+}
+
+// Adds each gradient to its sum, or writes it there where it is the first.
+void add_gradients(HeaderOnlyArrayRef<Tensor> sums, HeaderOnlyArrayRef<Tensor> gradients,
+                   HeaderOnlyArrayRef<int64_t> are_first) {
+  const char* op = "add_gradients";
+  STD_TORCH_CHECK(sums.size() == gradients.size() && are_first.size() == sums.size(), op,
+                  ": the lists must be as long as one another");
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const int64_t size = sums[i].numel();
+    check_dense(op, "sums", sums[i], ScalarType::Float, size);
+    check_dense(op, "gradients", gradients[i], ScalarType::Float, size);
+    float* sum = mutable_floats(sums[i]);
+    const float* gradient = floats(gradients[i]);
+    const bool is_first = are_first[i] != 0;
+    torch::stable::parallel_for(0, size, kSerialElements, [&](int64_t begin, int64_t end) {
+      if (is_first) {
+        std::memcpy(sum + begin, gradient + begin, static_cast<size_t>(end - begin) * sizeof(float));
+        return;
+      }
+      for (int64_t at = begin; at < end; ++at) {
+        sum[at] += gradient[at];
+      }
+    });
   }
 }
 
@@ -314,6 +354,7 @@ bool shadow_step(HeaderOnlyArrayRef<Tensor> gradients, HeaderOnlyArrayRef<Tensor
 STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
   m.impl("_reduce_matrix_", TORCH_BOX(&gradkern::reduce_matrix));
   m.impl("_record_matrices_", TORCH_BOX(&gradkern::record_matrices));
+  m.impl("_add_gradients_", TORCH_BOX(&gradkern::add_gradients));
   m.impl("_compare_gradients_", TORCH_BOX(&gradkern::compare_gradients));
   m.impl("_reduce_vector_", TORCH_BOX(&gradkern::reduce_vector));
   m.impl("_measure_bends_", TORCH_BOX(&gradkern::measure_bends));

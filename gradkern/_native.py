@@ -32,9 +32,10 @@ _SCHEMAS = (
     "Tensor start_needs, Tensor run_needs, Tensor forward_s, int slots, Tensor(a!) table) -> ()",
     "_reduce_matrix_(Tensor? left, Tensor right, int samples, Tensor start, Tensor(a!) left_codes, "
     "Tensor(b!) left_scales, Tensor(c!) right_codes, Tensor(d!) right_scales) -> ()",
-    "_reduce_vector_(Tensor rows, int samples, Tensor(a!) codes, Tensor(b!) scales) -> ()",
+    "_reduce_vector_(Tensor rows, Tensor? factors, int samples, Tensor(a!) codes, Tensor(b!) scales) -> ()",
     "_record_matrices_(Tensor[] rows, Tensor[] columns, Tensor[] starts, int[] offsets, int samples, "
     "Tensor(a!) block) -> ()",
+    "_add_gradients_(Tensor(a!)[] sums, Tensor[] gradients, int[] are_first) -> ()",
     "_compare_gradients_(Tensor[] captured, Tensor[] gradients, Tensor(a!) squares) -> ()",
     "_measure_bends_(Tensor logits, Tensor grad, int samples, float scale, bool is_declared, Tensor(a!) sums) -> float",
     "_shadow_step_(Tensor[] gradients, Tensor(a!)[] momenta, Tensor(b!)[] deltas, Tensor[] second_moments, "

@@ -4,6 +4,14 @@
 constexpr int64_t kLanes = 64;
 
 template <class T>
+GRADKERN_INLINE T fold_sixteen(T* lanes) {
+  for (int64_t i = 0; i < 8; ++i) {
+    lanes[i] += lanes[i + 8];
+  }
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+template <class T>
 GRADKERN_INLINE T fold_lanes(T* lanes) {
   for (int64_t i = 0; i < 32; ++i) {
     lanes[i] += lanes[i + 32];
@@ -11,10 +19,18 @@ GRADKERN_INLINE T fold_lanes(T* lanes) {
   for (int64_t i = 0; i < 16; ++i) {
     lanes[i] += lanes[i + 16];
   }
-  for (int64_t i = 0; i < 8; ++i) {
-    lanes[i] += lanes[i + 8];
+  return fold_sixteen(lanes);
+}
+
+// The inner product of no more than 16 elements, as in all lanes: folding in the zeros of the others changes nothing,
+// for no lane is -0.
+template <class T>
+GRADKERN_INLINE T dot_of_few(const float* a, const float* b, int64_t size) {
+  T lanes[16] = {};
+  for (int64_t i = 0; i < size; ++i) {
+    lanes[i] += static_cast<T>(a[i]) * static_cast<T>(b[i]);
   }
-  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  return fold_sixteen(lanes);
 }
 
 // The products of `size` elements in half of the lanes, from `at` on, as vectors that stay in registers.
@@ -59,6 +75,9 @@ inline void lanes_dots(const float* const* a, const float* b, int64_t size, floa
 }
 
 inline float lanes_dot(const float* a, const float* b, int64_t size) {
+  if (size <= 16) {
+    return dot_of_few<float>(a, b, size);
+  }
   float found;
   lanes_dots<1>(&a, b, size, &found);
   return found;
@@ -66,6 +85,9 @@ inline float lanes_dot(const float* a, const float* b, int64_t size) {
 
 // Products of two floats are exact in double.
 inline double lanes_dot_wide(const float* a, const float* b, int64_t size) {
+  if (size <= 16) {
+    return dot_of_few<double>(a, b, size);
+  }
   alignas(64) double lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
@@ -83,12 +105,27 @@ inline double lanes_dot_wide(const float* a, const float* b, int64_t size) {
 inline float largest_magnitude(const float* x, int64_t size) { return static_cast<float>(abs_max(x, size)); }
 
 // Row k of `to` becomes the sum over rows of weights[k][row] * rows[row]: four sums of every fourth row, added in
-// pairs. Whole rows at a time: columns of rows whose stride is a power of two share few sets of a cache.
+// pairs. Whole rows at a time: columns of rows whose stride is a power of two share few sets of a cache. And 16 rows at
+// a time, or most of the work would be to fetch and put back sums.
 // sums: 4 x rank x width.
 inline void combine_rows(const float* weights, int64_t rank, const float* rows, int64_t count, int64_t width,
                          float* __restrict sums, float* __restrict to) {
   __builtin_memset(sums, 0, static_cast<size_t>(4 * rank * width) * sizeof(float));
-  for (int64_t row = 0; row < count; ++row) {
+  int64_t row = 0;
+  for (; row + 16 <= count; row += 16) {
+    for (int64_t k = 0; k < rank; ++k) {
+      for (int64_t part = 0; part < 4; ++part) {
+        const float* w = weights + k * count + row + part;
+        const float* x = rows + (row + part) * width;
+        const float w0 = w[0], w1 = w[4], w2 = w[8], w3 = w[12];
+        float* __restrict sum = sums + (k * 4 + part) * width;
+        for (int64_t i = 0; i < width; ++i) {
+          sum[i] = (((sum[i] + w0 * x[i]) + w1 * x[4 * width + i]) + w2 * x[8 * width + i]) + w3 * x[12 * width + i];
+        }
+      }
+    }
+  }
+  for (; row < count; ++row) {
     const float* from = rows + row * width;
     for (int64_t k = 0; k < rank; ++k) {
       const float weight = weights[k * count + row];

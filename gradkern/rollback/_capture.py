@@ -49,6 +49,7 @@ class Sink(Protocol):
         columns: Tensor,
         weight_grad: Tensor,
         bias_grad: Tensor | None = None,
+        is_transposed: bool = False,
     ) -> None:
         """Take a Linear's, Conv1D's or convolution's factors.
 
@@ -58,6 +59,7 @@ class Sink(Protocol):
             columns: The factor along its dimension 1, shape ``(..., weight.shape[1])``.
             weight_grad: ``rowsᵀ @ columns`` over all tokens, as it goes to the parameter.
             bias_grad: The sum of ``rows`` over all tokens, where that is what goes to a bias.
+            is_transposed: Whether ``weight_grad`` is the transpose of that.
         """
         ...
 
@@ -73,8 +75,13 @@ class Sink(Protocol):
         """Take an embedding's ids and output gradient, shape ``(*ids.shape, columns)`` or ``(B, ...)``."""
         ...
 
-    def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
-        """Take a norm's normalised input and output gradient, features flattened to one dimension, the last."""
+    def take_norm(
+        self, layer: OwnedLayer, normalised: Tensor, grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None
+    ) -> None:
+        """Take a norm's normalised input and output gradient, features flattened to one dimension, the last.
+
+        And what goes to its parameters; None for one that is not trained.
+        """
         ...
 
     def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor) -> None:
@@ -150,6 +157,9 @@ def _watch(layer: OwnedLayer, sink: Sink, output: Tensor, weight: Tensor, bias: 
     if name not in _PRODUCTS:
         return False
     saved, is_transposed, shape = _PRODUCTS[name], layer.kind is LayerKind.CONV1D, output.shape
+    # Large ones are computed once more in backward: until then they would be as large as all else together.
+    logits = output.detach() if layer.is_output and output.nbytes <= _SMALL_LOGITS else None
+    version = output._version
 
     def take(input_grads: Sequence[Tensor | None], output_grads: Sequence[Tensor]) -> None:
         if torch.is_grad_enabled():
@@ -172,8 +182,9 @@ def _watch(layer: OwnedLayer, sink: Sink, output: Tensor, weight: Tensor, bias: 
                 sink.take_bias(layer, grad, bias_grad)
             return
         if layer.is_output:
-            sink.take_logits(layer, F.linear(input, weight, bias), grad)
-        sink.take_matrix(layer, grad, input, weight_grad.t(), bias_grad)
+            intact = None if logits is None or logits._version != version else logits
+            sink.take_logits(layer, F.linear(input, weight, bias) if intact is None else intact, grad)
+        sink.take_matrix(layer, grad, input, weight_grad, bias_grad, True)
 
     node.register_hook(take)
     return True
@@ -185,6 +196,8 @@ def _can_watch(weight: Tensor, bias: Tensor | None) -> bool:
     is_plain = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     return trained and is_plain and torch._C._functorch.peek_interpreter_stack() is None
 
+
+_SMALL_LOGITS = 1 << 16  # bytes
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
 
@@ -269,7 +282,7 @@ class _LayerNorm(torch.autograd.Function):
             grad.contiguous(), input, ctx.shape, mean, rstd, weight, bias, list(ctx.needs_input_grad[:3])
         )
         normalised, dims = (input - mean) * rstd, len(ctx.shape)
-        ctx.sink.take_norm(ctx.layer, normalised.flatten(-dims), grad.flatten(-dims))
+        ctx.sink.take_norm(ctx.layer, normalised.flatten(-dims), grad.flatten(-dims), *grads[1:])
         return *grads, None, None, None, None
 
 
@@ -289,7 +302,7 @@ class _Scale(torch.autograd.Function):
         input_grad = grad * weight if ctx.needs_input_grad[0] else None
         weight_grad = (grad * normalised).sum_to_size(weight.shape)
         dims = weight.dim()
-        ctx.sink.take_norm(ctx.layer, normalised.flatten(-dims), grad.flatten(-dims))
+        ctx.sink.take_norm(ctx.layer, normalised.flatten(-dims), grad.flatten(-dims), weight_grad, None)
         return input_grad, weight_grad, None, None
 
 
@@ -321,7 +334,7 @@ class _GroupNorm(torch.autograd.Function):
         )
         normalised = (input.reshape(len(input), ctx.groups, -1) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
         channels_last = normalised.reshape(ctx.sizes).transpose(1, 2), grad.reshape(ctx.sizes).transpose(1, 2)
-        ctx.sink.take_norm(ctx.layer, *channels_last)
+        ctx.sink.take_norm(ctx.layer, *channels_last, *grads[1:])
         return *grads, None, None, None, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +65,23 @@ class _Matrix:
     columns: Tensor
 
 
-# Bytes of factors that may wait for the end of a backward pass. Small layers are reduced faster together;
+class _Sum(NamedTuple):
+    """A parameter's gradient that waits to be added to the shadows.
+
+    Attributes:
+        parameter: Its index.
+        gradient: May share its memory with the parameter's ``grad`` by then.
+        is_transposed: Whether it is that of the parameter's transpose.
+        version: Of the gradient, which no one may change meanwhile.
+    """
+
+    parameter: int
+    gradient: Tensor
+    is_transposed: bool
+    version: int
+
+
+# Bytes of factors and gradients that may wait for the end of a backward pass. Small layers are reduced faster together;
 # large ones should not be kept.
 _MOST_WAITING = 1 << 18
 
@@ -85,6 +102,8 @@ class Intake:
 
     def __init__(self, ownership: Ownership, shadows: Shadows, rank: int, *, is_declared: bool = False) -> None:
         self._streams = ownership.layout.streams
+        self._parameters = ownership.parameters
+        self._names = [info.name for info in ownership.layout.parameters]
         self._shadows = shadows
         self._starts: dict[int, Tensor] = {}
         for index, stream in enumerate(self._streams):
@@ -99,13 +118,17 @@ class Intake:
         self._is_declared = is_declared
         self.scale: float | None = None
         self._ids: Tensor | None = None
+        self._samples = 0
         self._state: Tensor | None = None
         self._numbers: Tensor | None = None
         self._compare = False
         self._visits = Visits()
         self._waiting: list[_Matrix] = []
+        self._sums: list[_Sum] = []
         self._waiting_bytes = 0
-        self._is_called_back = False
+        # Of micro-batches as large as the last one.
+        self._shapes: dict[tuple[int, torch.Size, torch.Size, bool], Shape] = {}
+        self._task = -1  # the backward pass whose end reduces what waits
         self._device = ownership.parameters[0].device if ownership.parameters else torch.device("cpu")
 
     @property
@@ -126,6 +149,9 @@ class Intake:
             compare: Whether to measure the first sample's compression exactly.
             state: Of torch's generator, to keep.
         """
+        if len(ids) != self._samples:
+            self._samples = len(ids)
+            self._shapes.clear()
         self._ids, self._numbers, self._compare, self._state = ids, None, compare, state
 
     def end(self) -> None:
@@ -170,6 +196,7 @@ class Intake:
         columns: Tensor,
         weight_grad: Tensor,
         bias_grad: Tensor | None = None,
+        is_transposed: bool = False,
     ) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         if layer.weight is None:
@@ -177,30 +204,56 @@ class Intake:
                 self.take_bias(layer, rows, bias_grad)
             return
         self._visit_numbers(layer)
-        # At once: the tensors may become the parameters' gradients, which others add to.
-        self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
+        self._add_later(layer.weight, weight_grad, is_transposed)
+        has_bias = bias_grad is not None and layer.bias is not None
         if bias_grad is not None and layer.bias is not None:
-            self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
-        matrix = _Matrix(
-            layer=layer,
-            shape=Shape(
+            self._add_later(layer.bias, bias_grad)
+        key = (layer.weight, rows.shape, columns.shape, has_bias)
+        shape = self._shapes.get(key)
+        if shape is None:
+            self._shapes[key] = shape = Shape(
                 stream=layer.weight,
-                bias_stream=layer.bias if bias_grad is not None and layer.bias is not None else -1,
+                bias_stream=layer.bias if has_bias and layer.bias is not None else -1,
                 tokens=self._tokens(layer, rows),
                 rank=len(self._starts[layer.weight]),
                 height=rows.shape[-1],
                 width=columns.shape[-1],
-            ),
-            rows=rows,
-            columns=columns,
-        )
-        if not self._is_called_back:
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce_waiting)
-            self._is_called_back = True
-        self._waiting.append(matrix)
+            )
+        self._waiting.append(_Matrix(layer, shape, rows, columns))
         self._waiting_bytes += rows.nbytes + columns.nbytes
         if self._waiting_bytes > _MOST_WAITING:
             self._reduce_all()
+
+    def _add_later(self, stream: int, gradient: Tensor, is_transposed: bool = False) -> None:
+        """Add a gradient to the shadows with those that wait."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            # Another backward pass, perhaps inside one (reentrant checkpointing), which may add to what waits of that.
+            self._add_sums()
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce_waiting)
+        number = self._streams[stream].parameter
+        self._sums.append(_Sum(number, gradient, is_transposed, gradient._version))
+        self._waiting_bytes += gradient.nbytes
+        parameter: Any = self._parameters[number]
+        if self._waiting_bytes > _MOST_WAITING:
+            self._reduce_all()
+        elif parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            self._add_sums()  # these may change it
+
+    def _add_sums(self) -> None:
+        sums, self._sums = self._sums, []
+        for each in sums:
+            if each.gradient._version != each.version:
+                name = self._names[each.parameter]
+                raise LedgerError(
+                    f"record: a gradient of {name!r} was changed in place before backward had ended, so what "
+                    f"samples gave is not known any more; let hooks return a new tensor, and clip by the "
+                    f"optimizer's max_norm="
+                )
+        self._shadows.add_gradients(
+            [(each.parameter, each.gradient.t() if each.is_transposed else each.gradient) for each in sums]
+        )
 
     def _add_matrix(self, visit: Tensor, matrix: _Matrix) -> None:
         """By torch, record by record."""
@@ -215,15 +268,17 @@ class Intake:
 
     def _reduce_waiting(self) -> None:
         """At the end of a backward pass."""
-        self._is_called_back = False
+        self._task = -1
         self._reduce_all()
 
     @torch.no_grad()
     def _reduce_all(self) -> None:
-        """Reduce all matrices that wait."""
+        """Reduce all matrices that wait, and add the gradients."""
+        self._waiting_bytes = 0
+        self._add_sums()
         if not self._waiting:
             return
-        matrices, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        matrices, self._waiting = self._waiting, []
         visit = self._visit_numbers(matrices[0].layer)
         if backend_for("record", self._device) == "native":
             self._add_block(visit, matrices)
@@ -270,7 +325,7 @@ class Intake:
             return
         # Not the sum over samples: an attention key's bias has a gradient of zero up to rounding, which Adam scales to
         # full steps; only the same rounding leads to the same parameter.
-        self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
+        self._add_later(layer.bias, bias_grad)
         rows = self._per_sample(layer, grad)
         self._add_vector(layer.bias, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
@@ -279,22 +334,26 @@ class Intake:
         if layer.weight is None:
             return
         rows = self._per_sample(layer, grads.flatten(1))
-        self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
+        self._add_later(layer.weight, weight_grad)
         self._add_vector(layer.weight, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
-    def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
+    def take_norm(
+        self, layer: OwnedLayer, normalised: Tensor, grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None
+    ) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         grad, normalised = self._per_sample(layer, grad), self._per_sample(layer, normalised)
-        for stream, rows in ((layer.weight, grad * normalised), (layer.bias, grad)):
-            if stream is not None:
-                self._shadows.add_gradient(self._streams[stream].parameter, rows.sum(dim=1).sum(dim=0))
-                self._add_vector(stream, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
+        for stream, factors, total in ((layer.weight, normalised, weight_grad), (layer.bias, None, bias_grad)):
+            if stream is not None and total is not None:
+                self._add_later(stream, total)
+                record = VectorRecord(self._visit_numbers(layer), *reduce_vector(grad, factors))
+                self._add_vector(stream, record, grad, factors)
 
     def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._capture.Sink`."""
         if layer.weight is None:
             return
         ids, grad = self._per_sample_rows(layer, ids, grad)
+        self._add_sums()  # of a tied weight, in the order in which they came
         self._shadows.add_gradient_rows(
             self._streams[layer.weight].parameter, ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
         )
@@ -305,10 +364,11 @@ class Intake:
         if self._compare:
             self._visits.comparisons.append((layer.weight, Comparison.of(record, merged)))
 
-    def _add_vector(self, stream: int, record: VectorRecord, rows: Tensor) -> None:
+    def _add_vector(self, stream: int, record: VectorRecord, rows: Tensor, factors: Tensor | None = None) -> None:
         self._visits.records.append((stream, record))
         if self._compare:
-            self._visits.comparisons.append((stream, Comparison.of(record, rows)))
+            exact = rows if factors is None else rows[:1] * factors[:1]
+            self._visits.comparisons.append((stream, Comparison.of(record, exact)))
 
     def _visit_numbers(self, layer: OwnedLayer) -> Tensor:
         """The numbers of the current micro-batch's rows among the visits since the last step."""

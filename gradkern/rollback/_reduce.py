@@ -128,21 +128,24 @@ def reduce_matrix(left: Tensor | None, right: Tensor, start: Tensor) -> tuple[Te
     return left_codes, left_scale, right_codes, right_scale
 
 
-def reduce_vector(rows: Tensor) -> tuple[Tensor, Tensor]:
+def reduce_vector(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Add up every sample's rows and quantise the sums.
 
     Args:
         rows: Shape ``(B, T, K)``, fp32.
+        factors: Of every element, of the same shape; None for 1.
 
     Returns:
         As :func:`quantize_rows`, shapes ``(B, K)`` and ``(B,)``.
     """
     samples, tokens, width = rows.shape
     if backend_for("record", rows.device) != "native":
+        products = rows if factors is None else rows * factors
         ones = rows.new_ones(samples, 1, tokens)
-        return quantize_rows(rows[:, 0] if tokens == 1 else combine(ones, rows)[:, 0])
+        return quantize_rows(products[:, 0] if tokens == 1 else combine(ones, products)[:, 0])
     codes, scale = torch.empty(samples, width, dtype=torch.int8), torch.empty(samples)
-    torch.ops.gradkern._reduce_vector_(rows.contiguous(), samples, codes, scale)
+    factors = None if factors is None else factors.contiguous()
+    torch.ops.gradkern._reduce_vector_(rows.contiguous(), factors, samples, codes, scale)
     return codes, scale
 
 

@@ -90,10 +90,20 @@ class Shadows:
         """The captured gradient that waits for the next step; None when nothing was captured."""
         return None if index in self._fresh else self._gradients[index]
 
-    def add_gradient(self, index: int, gradient: Tensor) -> None:
-        """Add captured gradient, of the parameter's shape, to what waits for the next step."""
-        waiting, is_fresh = self._to_add_to(index)
-        (waiting.copy_ if is_fresh else waiting.add_)(gradient.view_as(waiting))
+    def add_gradients(self, gradients: Sequence[tuple[int, Tensor]]) -> None:
+        """Add captured gradients, by index and of the parameter's shape, to what waits for the next step."""
+        if not gradients:
+            return
+        pairs = [(self._to_add_to(index), gradient) for index, gradient in gradients]
+        if backend_for("record", self._device) == "native":
+            torch.ops.gradkern._add_gradients_(
+                [waiting for (waiting, _), _ in pairs],
+                [gradient.contiguous() for _, gradient in pairs],
+                [is_fresh for (_, is_fresh), _ in pairs],
+            )
+            return
+        for (waiting, is_fresh), gradient in pairs:
+            (waiting.copy_ if is_fresh else waiting.add_)(gradient.view_as(waiting))
 
     def _to_add_to(self, index: int) -> tuple[Tensor, bool]:
         """The sum to add captured gradient to, and whether that is to overwrite it, as it is no longer afterwards."""

@@ -66,6 +66,19 @@ def test_a_suite_runs_and_writes_records(suite, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == len(records)
 
 
+def test_records_replace_their_namesakes_alone(tmp_path, capsys):
+    file = str(tmp_path / "records.json")
+    for first, second in ((1.0, 2.0), (3.0, None)):
+        report = Report("rollback", torch.device("cpu"))
+        report.add("case", "gradkern", "overhead", first, "x")
+        if second is not None:
+            report.add("case", "peer", "overhead", second, "x")
+        report.write_into(file)
+    records = json.loads(Path(file).read_text())
+    assert {record["system"]: record["value"] for record in records} == {"peer": 2.0, "gradkern": 3.0}
+    capsys.readouterr()
+
+
 def test_a_training_step_is_timed_on_parameters_that_all_systems_share(monkeypatch, capsys):
     model = torch.nn.Linear(600, 600)
     made = train.Training(model, lambda x: model(x).square().mean(), [torch.randn(2, 600)] * 2)

@@ -435,6 +435,27 @@ def test_gradients_edited_by_hooks_are_noticed(tmp_path):
         train_classes(model, tmp_path / "run")
 
 
+def test_gradients_changed_in_place_before_they_arrive_are_noticed(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 3))
+    node = model[2].weight.expand_as(model[2].weight).grad_fn.next_functions[0][0]
+    node.register_prehook(lambda grads: grads[0].mul_(0.5) and None)
+    with pytest.raises(LedgerError, match=r"gradient of '2\.weight' was changed in place before backward had ended"):
+        train_classes(model, tmp_path / "run")
+
+
+def test_logits_that_the_loss_changes_in_place(tmp_path):
+    """Small logits are kept until backward. A loss of twice them is no cross-entropy of what the layer gave."""
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(8, 6)
+    optimizer = gk.SGD(model.parameters(), lr=0.1)
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder, recorder.batch(range(8)):
+        nn.functional.cross_entropy(model(inputs).mul_(2.0), torch.arange(8) % 3).backward()
+        optimizer.step()
+    (segment,) = read_segments(gk.rollback.open(tmp_path / "run")._store)
+    assert torch.isnan(segment.curvature).all()
+
+
 def test_a_model_in_channels_last(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -122,7 +122,7 @@ def followed(seed, kind):
             if step == 1 and at == 1:
                 continue  # left alone
             if infos[at].owned and (step, at) != (2, 2):
-                shadows.add_gradient(at, normal(seed + 100 * step + at, *SHAPES[at]))
+                shadows.add_gradients([(at, normal(seed + 100 * step + at, *SHAPES[at]))])
             moment = normal(seed + 7 * step + at, *SHAPES[at]).square() if kind == "adam" else None
             update = ParamStep(parameter, torch.tensor(0.5), 0.999, 0.9, 0.1, 1e-3, 1.1e-3, moment, 1.7, 1e-8)
             applied.append(Applied(at, update, 0.5))
@@ -147,8 +147,8 @@ def test_shadows_refuse_what_is_not_finite_before_anything_changes():
             shadows = Shadows(
                 [torch.zeros(3, 2), torch.zeros(4)], [ParameterInfo("a", (3, 2), True), ParameterInfo("b", (4,), True)]
             )
-            shadows.add_gradient(0, torch.ones(3, 2))
-            shadows.add_gradient(1, torch.tensor([1.0, math.inf, 0.0, 0.0]))
+            shadows.add_gradients([(0, torch.ones(3, 2))])
+            shadows.add_gradients([(1, torch.tensor([1.0, math.inf, 0.0, 0.0]))])
             applied = [
                 Applied(at, ParamStep(torch.zeros(1), torch.tensor(1.0), 0.5, 0.9, 0.1, 1e-3, 1e-3), 1.0)
                 for at in range(2)
