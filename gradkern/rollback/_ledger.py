@@ -187,11 +187,10 @@ class Ledger:
 
         Reads the ledger once, from the last step to the first, holding one segment (of each rank) and three tensors of
         every recorded parameter's size for each query; the time is mostly that of reading where queries are few.
-        ``"paper"`` evaluates every query once for each sample instead, many samples at a time where ``torch.func.vmap`` can run
-        the model and ``loss_fn``. With
-        ``replay`` it is four to seven tensors and the activations of a micro-batch for each query, and the training is
-        run once before that, or twice where what its steps started from takes more than 256 MiB, of which then about
-        twice the square root of their number are held.
+        ``"paper"`` evaluates every query once for each sample instead, many samples at a time where ``torch.func.vmap``
+        can run the model and ``loss_fn``. With ``replay`` it is four to seven tensors and the activations of a
+        micro-batch for each query, and the training is run once before that, or twice where what its steps started from
+        takes more than 256 MiB, of which then about twice the square root of their number are held.
 
         Args:
             model: See there; likewise what follows.
