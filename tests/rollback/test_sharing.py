@@ -90,7 +90,7 @@ def test_biases_of_a_classifier_take_no_bytes(tmp_path):
 
 def test_a_segment_whose_shared_tensors_become_small_can_be_cut(tmp_path, token_model):
     data = token_data()
-    optimizer = gk.AdamW(token_model.parameters())
+    optimizer = gk.AdamW(token_model.parameters(), lr=1e-2)
     with gk.rollback.record(token_model, optimizer, tmp_path / "run", rewind=4) as recorder:
         for _ in range(8):  # 160 bytes of visit numbers in each stream, of which 80 are left
             with recorder.batch(range(5)):
