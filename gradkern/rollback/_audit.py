@@ -66,7 +66,9 @@ def check_files(store: StoreReader) -> CheckedFiles:
     detail = "; ".join(problems) or "every record belongs to a visit, every step and decay is accounted for"
     checks = [files, Check("records", not problems, float(len(problems)), 0.0, detail)]
     if len(store.parts) > 1:
-        detail = f"ways in which {len(store.parts)} ranks made {store.steps} steps, beyond one"
+        same = f"all {len(store.parts)} ranks made the same {store.steps} steps"
+        differ = "ranks differ in learning rates, decays, clip coefficients or preconditioners"
+        detail = same if len(made) == 1 else differ
         checks.append(Check("ranks", len(made) == 1, float(len(made) - 1), 0.0, detail))
     return CheckedFiles(tuple(checks), torch.cat(fidelity))
 

@@ -76,7 +76,7 @@ class Recorder:
         rewind: int,
         stops: bool,
         resume: Mapping[str, Any] | None,
-        ranks: Ranks | None = None,
+        ranks: Ranks | None,
     ) -> None:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         ownership = claim(model, trained, unowned, shared_inputs, output)

@@ -489,7 +489,7 @@ def test_what_needs_a_replay_or_states_is_refused(recorded):
         lambda: ledger.scores(model, QUERY, loss_fn=token_loss, estimator="gauss_newton", replay=replay),
         lambda: ledger.scores(model, QUERY, loss_fn=token_loss, estimator="metagradient", replay=replay),
     ):
-        with pytest.raises(LedgerError, match="2 ranks recorded it together.*use what needs no replay"):
+        with pytest.raises(LedgerError, match=r"2 ranks recorded it together.*use what needs no replay"):
             call()
     with pytest.raises(LedgerError, match=r"call recorder\.rewind\(\) in every rank"):
         ledger.rewind(model, made()[1], steps=1)
