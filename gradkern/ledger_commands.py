@@ -34,7 +34,8 @@ def info(path: _FOLDER) -> None:
     state = "complete" if found.complete else "ends without close()"
     per_visit = f", {found.nbytes / found.visits:,.0f} a visit" if found.visits else ""
     typer.echo(f"{path}: {found.steps:,} steps, {found.visits:,} visits, {state}")
-    typer.echo(f"{found.nbytes:,} bytes{per_visit}; rank {found.rank}")
+    shards = f", in shards of {found.shards} processes" if found.shards > 1 else ""
+    typer.echo(f"{found.nbytes:,} bytes{per_visit}; rank {found.rank}{shards}")
     table = Table("layer", "parameter")
     for title in ("bytes", "a visit", "share"):
         table.add_column(title, justify="right")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gradkern.rollback._segment import Segment
+from gradkern.rollback._shards import open_store
 from gradkern.rollback._store import FileEntry, StoreReader, StoreWriter
 
 __all__ = ["compact"]
@@ -19,7 +20,7 @@ def compact(path: str | os.PathLike[str], *, segment_bytes: int = 1 << 26) -> in
     changes, and whatever interrupts this leaves a ledger that is whole. Open it again for reading afterwards.
 
     Args:
-        path: The ledger's folder.
+        path: The ledger's folder; of a ledger of several ranks each shard is compacted by itself.
         segment_bytes: Files are joined as long as they come to no more than this together.
 
     Returns:
@@ -32,14 +33,18 @@ def compact(path: str | os.PathLike[str], *, segment_bytes: int = 1 << 26) -> in
     """
     if segment_bytes < 1:
         raise ValueError(f"compact: segment_bytes must be at least 1, got {segment_bytes}")
-    store, found = StoreWriter.open(Path(path))
+    return sum(_compact_part(part.path, segment_bytes) for part in open_store(Path(path)).parts)
+
+
+def _compact_part(path: Path, segment_bytes: int) -> int:
+    store, found = StoreWriter.open(path)
     try:
         for entries in _neighbours(found.segments, segment_bytes):
             _join(store, found, entries)
         store.remove_leftovers()
     finally:
         store.close()
-    return len(StoreReader(Path(path)).segments)
+    return len(StoreReader(path).segments)
 
 
 def _neighbours(entries: Sequence[FileEntry], most_bytes: int) -> Iterator[list[FileEntry]]:

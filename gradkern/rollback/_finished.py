@@ -24,7 +24,7 @@ from gradkern.rollback._layout import Layout, digest_parameters
 from gradkern.rollback._records import RECORD_TYPES, EmbeddingRecord, MatrixRecord, Record, VectorRecord
 from gradkern.rollback._reduce import low_rank_matrix, quantize_rows
 from gradkern.rollback._sample_ids import sample_ids
-from gradkern.rollback._store import StoreReader
+from gradkern.rollback._shards import open_store
 from gradkern.rollback._tensor_file import load_tensors, write_tensors
 
 __all__ = ["FinishedLedger", "finish", "open_finished"]
@@ -60,7 +60,7 @@ def finish(path: str | os.PathLike[str], out: str | os.PathLike[str], *, rank: i
         raise ValueError(f"finish: out must end in .safetensors, got {str(target)!r}")
     if target.exists():
         raise LedgerError(f"finish: {str(target)!r} exists and is never overwritten; choose another name")
-    store = StoreReader(Path(path))
+    store = open_store(Path(path))
     closing = store.closing
     if closing is None:
         raise LedgerError(

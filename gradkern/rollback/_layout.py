@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradkern.errors import LedgerError
 
@@ -83,8 +84,13 @@ class Layout:
         """Find the ledger's parameters in ``model``.
 
         Raises:
-            LedgerError: ``model`` has other parameters than the recorded one; names the first difference.
+            LedgerError: ``model`` has other parameters than the recorded one; names the first difference. Or it is
+                wrapped by ``DistributedDataParallel``, whose forward waits for the other ranks.
         """
+        if isinstance(model, DistributedDataParallel):
+            raise LedgerError(
+                "a ledger is asked with the plain model, got one wrapped in DistributedDataParallel; pass model.module"
+            )
         given = describe_parameters(model)
         if given != self.model:
             raise LedgerError(_difference(self.model, given))

@@ -13,14 +13,14 @@ from torch import nn
 
 from gradkern.errors import LedgerError
 from gradkern.loss import Batch, LossFn
-from gradkern.rollback._audit import RecordAudit
+from gradkern.rollback._audit import check_files
 from gradkern.rollback._conservation import Balance, balance
 from gradkern.rollback._estimators import Influence, Scores, require_estimator, score
 from gradkern.rollback._reading import read_segments, recorded_ids
 from gradkern.rollback._replay import Replay, Replayer
 from gradkern.rollback._rewind import State, StatefulOptimizer, choose_step, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
-from gradkern.rollback._segment import Segment
+from gradkern.rollback._shards import open_store
 from gradkern.rollback._sketches import Sketches, open_sketches, write_sketches
 from gradkern.rollback._store import StoreReader
 from gradkern.rollback._undo import Undone, apply_change, propagate
@@ -38,14 +38,25 @@ _WHY_NOT = {
 def open_ledger(path: str | os.PathLike[str]) -> Ledger:
     """Open a ledger for reading. Also after a crash: whatever was committed is there.
 
+    One that several ranks recorded has the steps that all of them have; where some go on, a warning says so.
+
     Args:
         path: The folder given to :func:`gradkern.rollback.record`.
 
     Raises:
-        LedgerError: There is no ledger, it is damaged, or has another format version.
+        LedgerError: There is no ledger, it is damaged, or has another format version; or shards of its ranks are
+            missing or do not belong together.
         ImportError: safetensors is not installed.
     """
-    return Ledger(StoreReader(Path(path)))
+    store = open_store(Path(path))
+    ends = [part.steps for part in store.parts]
+    if max(ends) > store.steps:
+        warnings.warn(
+            f"the ranks recorded {ends} steps, in their order; the ledger ends with step {store.steps}, the last that "
+            f"all of them have: one was killed, or they are still recording",
+            stacklevel=2,
+        )
+    return Ledger(store)
 
 
 class Ledger:
@@ -63,11 +74,16 @@ class Ledger:
     @property
     def visits(self) -> int:
         """Number of recorded visits: rows of micro-batches, over all steps."""
-        return sum(entry.visits for entry in self._store.segments)
+        return self._store.visits
+
+    @property
+    def shards(self) -> int:
+        """Number of ranks that recorded it, each its own samples; 1 without ``DistributedDataParallel``."""
+        return len(self._store.parts)
 
     @property
     def complete(self) -> bool:
-        """False when recording was killed; the ledger then ends with the last committed step."""
+        """False when recording was killed, in any rank; the ledger then ends with the last committed step."""
         return self._store.closing is not None
 
     @property
@@ -169,13 +185,12 @@ class Ledger:
     ) -> Scores:
         """Score every recorded sample; arguments and errors as for :meth:`explain`.
 
-        Reads the ledger once, from the last step to the first, holding one segment and three tensors of every
-        recorded parameter's size for each query; the time is mostly that of reading where queries are few. ``"paper"``
-        evaluates every query once for each sample instead, many samples at a time where ``torch.func.vmap`` can run
-        the model and ``loss_fn``. With
-        ``replay`` it is four to seven tensors and the activations of a micro-batch for each query, and the training is
-        run once before that, or twice where what its steps started from takes more than 256 MiB, of which then about
-        twice the square root of their number are held.
+        Reads the ledger once, from the last step to the first, holding one segment (of each rank) and three tensors of
+        every recorded parameter's size for each query; the time is mostly that of reading where queries are few.
+        ``"paper"`` evaluates every query once for each sample instead, many samples at a time where ``torch.func.vmap``
+        can run the model and ``loss_fn``. With ``replay`` it is four to seven tensors and the activations of a
+        micro-batch for each query, and the training is run once before that, or twice where what its steps started from
+        takes more than 256 MiB, of which then about twice the square root of their number are held.
 
         Args:
             model: See there; likewise what follows.
@@ -334,11 +349,16 @@ class Ledger:
             What ``record(..., resume=)`` needs to go on from there.
 
         Raises:
-            LedgerError: The recording kept no states, or was killed before it could write them, or not that one;
-                ``model`` or ``optimizer`` are not the recorded ones, or a file is damaged. Nothing has been changed
-                then.
+            LedgerError: The recording kept no states, or was killed before it could write them, or not that one; it was
+                made by several ranks; ``model`` or ``optimizer`` are not the recorded ones, or a file is damaged.
+                Nothing has been changed then.
             ValueError: ``steps`` is negative, or the optimizer clips by another policy. Likewise.
         """
+        if self.shards > 1:
+            raise LedgerError(
+                "rewind: a ledger of several ranks cannot be gone back in as a whole; call recorder.rewind() in every "
+                "rank before closing, or load a checkpoint of your own and record(..., resume=)"
+            )
         parameters = self._layout.trained_parameters(model)
         named = {info.name: each for info, each in zip(self._layout.parameters, parameters, strict=True)}
         kept = {entry.end_step: entry for entry in self._store.files if entry.role == "state"}
@@ -393,49 +413,20 @@ class Ledger:
         """
         if model is not None:
             self._layout.trained_parameters(model)
-        files, records, fidelity = self._check_files()
-        checks = [files, records]
+        found = check_files(self._store)
+        checks, files = list(found.checks), found.checks[0]
         if model is not None and self.complete and files.passed:
             checks += self._check_conservation(model)
         else:
             reason = (
                 "pass the trained model to check it"
                 if model is None
-                else "recording ended without close()"
+                else "recording ended without close()" + " in all ranks after the same step" * (self.shards > 1)
                 if not self.complete
                 else "a file is damaged"
             )
             checks.append(Check("conservation", None, None, None, reason))
-        return VerifyReport(tuple(checks), compression(self._layout, fidelity))
-
-    def _check_files(self) -> tuple[Check, Check, torch.Tensor]:
-        """Read every committed file once; also collects the comparisons of records with exact gradients."""
-        fidelity = [torch.empty(0, 4, dtype=torch.float64)]
-        damaged = []
-        audit = RecordAudit(self._layout)
-        deltas: dict[str, torch.Tensor] = {}
-        for entry in self._store.files:
-            try:
-                tensors = self._store.load(entry)
-                if entry.role == "segment":
-                    segment = Segment.from_tensors(self._layout, tensors)
-                    audit.add(entry, segment)
-                    fidelity.append(segment.fidelity)
-            except LedgerError as error:
-                damaged.append(str(error))
-                continue
-            if entry.role == "deltas":
-                deltas = tensors
-        detail = "; ".join(damaged) or f"all {len(self._store.files)} files match their checksums"
-        files = Check("damaged files", not damaged, float(len(damaged)), 0.0, detail)
-        if damaged:
-            return files, Check("records", None, None, None, "a file is damaged"), torch.cat(fidelity)
-        closing = self._store.closing
-        if closing is not None:
-            audit.finish(closing.decays, deltas)
-        detail = "; ".join(audit.problems) or "every record belongs to a visit, every step and decay is accounted for"
-        records = Check("records", not audit.problems, float(len(audit.problems)), 0.0, detail)
-        return files, records, torch.cat(fidelity)
+        return VerifyReport(tuple(checks), compression(self._layout, found.fidelity))
 
     def _check_conservation(self, model: nn.Module) -> list[Check]:
         found = self.conservation(model)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradkern.rollback._segment import Segment
 from gradkern.rollback._store import FileEntry, StoreReader
+from gradkern.rollback._together import read_together
 
 __all__ = ["read_segment", "read_segments", "recorded_ids"]
 
@@ -24,6 +25,8 @@ def read_segment(store: StoreReader, entry: FileEntry) -> Segment:
 
 def read_segments(store: StoreReader, *, backwards: bool = False) -> Iterator[Segment]:
     """All of them from the first step to the last, or from the last to the first."""
+    if len(store.parts) > 1:
+        return read_together(store, backwards=backwards)
     entries = reversed(store.segments) if backwards else store.segments
     return (read_segment(store, entry) for entry in entries)
 

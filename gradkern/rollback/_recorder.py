@@ -7,8 +7,9 @@ import sqlite3
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from gradkern.rollback._cut import resume_store
 from gradkern.rollback._intake import Intake, Visits
 from gradkern.rollback._ownership import claim
 from gradkern.rollback._packing import unpack
+from gradkern.rollback._ranks import Ranks
 from gradkern.rollback._replay_log import StepLog, describe_options, digest_model
 from gradkern.rollback._rewind import States, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
@@ -74,6 +76,7 @@ class Recorder:
         rewind: int,
         stops: bool,
         resume: Mapping[str, Any] | None,
+        ranks: Ranks | None,
     ) -> None:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         ownership = claim(model, trained, unowned, shared_inputs, output)
@@ -82,6 +85,7 @@ class Recorder:
                 "record: replayable=True needs a model on the CPU; the random numbers of others are not kept"
             )
         self._model = model
+        self._ranks = ranks
         self._replayed = model if replayable else None
         self._layout = ownership.layout
         self._parameters = ownership.parameters
@@ -135,6 +139,8 @@ class Recorder:
             raise LedgerError("recorder.batch: the recorder is closed; start another with record()")
         if self._intake.active:
             raise LedgerError("recorder.batch: a batch is already open; leave it before opening the next")
+        if self._ranks is not None:
+            self._ranks.require_even()
         state = None if self._replayed is None else torch.get_rng_state()
         self._intake.begin(numbers, compare=self._steps % _COMPARE_EVERY == 0, state=state)
         try:
@@ -297,12 +303,14 @@ class Recorder:
         if event.skipped is not None and bool(event.skipped):
             self.discard()
             return
+        if self._ranks is not None:
+            self._require_in_step()
         self._is_whole, was_whole = False, self._is_whole
         updates = self._tracked(event)
         visits = self._intake.take()
         if self._steps % _COMPARE_EVERY == 0:
             self._require_captured(updates)
-        applied = _applied(updates)
+        applied = _applied(updates, 1 if self._ranks is None else self._ranks.count)
         smoothed = self._shadows.step(applied)
         if smoothed is None:
             raise self._not_finite(visits)
@@ -408,7 +416,7 @@ class Recorder:
             for index, update in updates
             if update.param.grad is not None and infos[index].owned
         }
-        for index, missing, norm in self._shadows.missing(gradients) if gradients else ():
+        for index, missing, norm in self._missing(gradients) if gradients else ():
             waiting = self._shadows.waiting(index)
             if missing <= 1e-3 * norm + 1e-6 or (waiting is not None and not bool(torch.isfinite(waiting).all())):
                 continue  # what is not finite is told by itself
@@ -419,8 +427,36 @@ class Recorder:
                 f"are cleared without a step"
             )
 
+    def _missing(self, gradients: Mapping[int, Tensor]) -> list[tuple[int, float, float]]:
+        if self._ranks is None:
+            return self._shadows.missing(gradients)
+        return self._ranks.missing(gradients, self._shadows.waiting, len(self._parameters))
+
+    def _require_in_step(self) -> None:
+        """A step that one rank lacks would put its later visits with steps of the others that they were not in."""
+        if not self._is_whole:
+            raise LedgerError(
+                "record: an earlier step was made whose records this rank lacks, so its shard of the ledger ends "
+                "before that; go back to a checkpoint from before it, in all ranks"
+            )
+
     def _open_store(self, path: Path, rank: int, resume: Mapping[str, Any] | None) -> StoreWriter:
+        if self._ranks is None:
+            return self._open_part(path, rank, resume)
+        begun = {"rank": rank, "steps": self._steps, "ledger_id": resume and resume["ledger_id"]}
+        return self._ranks.open_shard(path, self._layout, begun, partial(self._open_part, rank=rank, resume=resume))
+
+    def _open_part(
+        self,
+        path: Path,
+        rank: int,
+        resume: Mapping[str, Any] | None,
+        facts: Mapping[str, str] = MappingProxyType({}),
+        ledger_id: str | None = None,
+    ) -> StoreWriter:
+        """Open what this process records into, with further facts."""
         settings = {
+            **facts,
             "rank": str(rank),
             "torch": str(torch.__version__),
             "threads": str(torch.get_num_threads()),
@@ -432,7 +468,7 @@ class Recorder:
         if self._replayed is not None:
             # Copies, for a file cannot hold buffers that share memory.
             initial |= {f"buffer/{name}": buffer.detach().clone() for name, buffer in self._replayed.named_buffers()}
-        return StoreWriter.create(path, self._layout, initial, settings)
+        return StoreWriter.create(path, self._layout, initial, settings, ledger_id)
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
@@ -475,13 +511,14 @@ class Recorder:
                 )
 
 
-def _applied(updates: Sequence[tuple[int, ParamStep]]) -> list[Applied]:
+def _applied(updates: Sequence[tuple[int, ParamStep]], ranks: int) -> list[Applied]:
+    """What was applied to the gradients of this rank's samples, of which a step takes the mean over ranks."""
     multipliers: dict[int, float] = {}
     applied = []
     for index, update in updates:
         # Parameters mostly share the tensor; reading it synchronises a GPU, so once is enough.
         key = id(update.grad_multiplier)
         if key not in multipliers:
-            multipliers[key] = float(update.grad_multiplier)
+            multipliers[key] = float(update.grad_multiplier) / ranks
         applied.append(Applied(index, update, multipliers[key]))
     return applied

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from gradkern.rollback._ranks import find_ranks, unwrapped
 from gradkern.rollback._recorder import RecordableOptimizer, Recorder
 
 __all__ = ["record"]
@@ -41,7 +42,8 @@ def record(
 
     Args:
         model: In fp32. Its Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm (Llama's too), GroupNorm and
-            transformers' Conv1D layers are recorded.
+            transformers' Conv1D layers are recorded. Under ``DistributedDataParallel`` the wrapped model or what it
+            wraps, after wrapping; every rank must call this, and each records its own samples into a shard of its own.
         optimizer: One of gradkern's, over parameters of ``model``, before its first step.
         path: Folder to create for the ledger; must not exist. With ``resume`` that of the ledger to go on with.
         rank: Directions kept of a sample's gradient of a matrix. A sample with at most ``rank`` rows (tokens)
@@ -81,10 +83,12 @@ def record(
     Raises:
         LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already. With
             ``resume``: ``path`` is not the ledger that it belongs to or lacks steps before it, something records there,
-            or the parameters or the optimizer's steps are not those of the checkpoint. Nothing is changed then.
+            or the parameters or the optimizer's steps are not those of the checkpoint. Nothing is changed then. Or
+            ranks differ in what they begin, or one of them cannot.
         ValueError: ``rank`` or ``steps_per_segment`` is below 1, ``rewind`` below 0; ``on_write_error`` is neither;
             ``output`` names no recorded Linear; a trained parameter can neither be recorded nor is in ``unowned``; a
-            pattern matches nothing.
+            pattern matches nothing; under ``DistributedDataParallel``: ``replayable=True``, ``on_write_error="stop"``,
+            or a trained parameter that it does not average.
         TypeError: A trained parameter is not fp32, or the optimizer reports no steps.
         ImportError: safetensors is not installed.
 
@@ -108,8 +112,11 @@ def record(
             f"record: resume must be what Recorder.state_dict() gave, got a mapping without "
             f"{', '.join(sorted(_STATE - resume.keys()))}"
         )
+    ranks = find_ranks(model, [each for group in optimizer.param_groups for each in group["params"]])
+    if ranks is not None:
+        _require_together(replayable, on_write_error)
     return Recorder(
-        model,
+        unwrapped(model),
         optimizer,
         Path(path),
         rank,
@@ -121,4 +128,20 @@ def record(
         rewind=rewind,
         stops=on_write_error == "stop",
         resume=resume,
+        ranks=ranks,
     )
+
+
+def _require_together(replayable: bool, on_write_error: str) -> None:
+    """Refuse what several ranks cannot do."""
+    if replayable:
+        raise ValueError(
+            "record: replayable=True is for one process, got a model under DistributedDataParallel, whose training one "
+            "process cannot run again bit for bit; leave it away: estimator='ref' and undo(method='fast') do without"
+        )
+    if on_write_error == "stop":
+        raise ValueError(
+            "record: on_write_error='stop' is for one process, got a model under DistributedDataParallel, where the "
+            "other ranks would wait for the one that has stopped; leave it at 'raise', and go on after the error: "
+            "steps that could not be written are kept"
+        )

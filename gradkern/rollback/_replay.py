@@ -113,10 +113,15 @@ class Replayer:
         otherwise: What needs no replay, for messages.
 
     Raises:
-        LedgerError: The ledger was recorded without ``replayable=True``.
+        LedgerError: The ledger was recorded without ``replayable=True``, or by several ranks.
     """
 
     def __init__(self, store: StoreReader, model: nn.Module, replay: Replay, otherwise: str) -> None:
+        if len(store.parts) > 1:
+            raise LedgerError(
+                f"the training cannot be run again: {len(store.parts)} ranks recorded it together, and one process "
+                f"cannot repeat what they did bit for bit; use what needs no replay: {otherwise}"
+            )
         if store.facts.get("replayable") != "1":
             raise LedgerError(
                 "the training cannot be run again: the ledger was recorded without replayable=True, and lacks its "

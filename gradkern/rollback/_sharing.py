@@ -38,7 +38,8 @@ def share_equal(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if earlier != name:
                 shared[name] = (earlier, list(tensor.shape))
                 continue
-        kept[name] = tensor
+        # Small ones may still share memory, after a longer tensor was read that was shared, which a file cannot.
+        kept[name] = tensor.clone() if tensor.nbytes < _LEAST_BYTES else tensor
     if shared:
         kept[_SHARED] = to_tensor(shared)
     return kept

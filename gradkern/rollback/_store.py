@@ -30,6 +30,8 @@ from gradkern.rollback._tensor_file import load_tensors, safetensors_torch, sync
 __all__ = ["Closing", "FileEntry", "StoreReader", "StoreWriter"]
 
 FORMAT_VERSION = 1
+# Of one rank's shard, which readers that know of no shards would take for a whole ledger.
+_SHARD_FORMAT_VERSION = 2
 
 _CATALOG = "catalog.sqlite"
 _SEGMENT_FOLDER = "segments"
@@ -118,7 +120,12 @@ class StoreWriter:
 
     @classmethod
     def create(
-        cls, path: Path, layout: Layout, initial: Mapping[str, torch.Tensor], settings: Mapping[str, str]
+        cls,
+        path: Path,
+        layout: Layout,
+        initial: Mapping[str, torch.Tensor],
+        settings: Mapping[str, str],
+        ledger_id: str | None = None,
     ) -> StoreWriter:
         """Create a ledger.
 
@@ -127,6 +134,7 @@ class StoreWriter:
             layout: What will be recorded.
             initial: ``theta_0`` by name.
             settings: Further facts to keep, as strings.
+            ledger_id: See there; None for a new one.
 
         Raises:
             LedgerError: ``path`` exists.
@@ -143,14 +151,14 @@ class StoreWriter:
         # Only now is the folder ours to remove again: another process may have been the one to create it.
         try:
             (path / _SEGMENT_FOLDER).mkdir()
-            store = cls(path, _take_lock(path), uuid.uuid4().hex)
+            store = cls(path, _take_lock(path), ledger_id or uuid.uuid4().hex)
             try:
                 entry = store._write("initial.safetensors", "initial", initial)
                 for folder in created:
                     sync_folder(folder.parent)
                 facts = {
                     **settings,
-                    "format_version": str(FORMAT_VERSION),
+                    "format_version": str(_version(settings)),
                     "ledger_id": str(store.ledger_id),
                     "layout": layout.to_json(),
                 }
@@ -374,11 +382,16 @@ class StoreReader:
             ) from error
 
     def _require_version(self) -> None:
-        if self.facts.get("format_version") != str(FORMAT_VERSION):
+        if self.facts.get("format_version") != str(_version(self.facts)):
             raise LedgerError(
                 f"the ledger {str(self.path)!r} has format version {self.facts.get('format_version')}, this "
-                f"gradkern reads version {FORMAT_VERSION}; read it with the version that wrote it"
+                f"gradkern reads version {_version(self.facts)}; read it with the version that wrote it"
             )
+
+    @property
+    def parts(self) -> Sequence[StoreReader]:
+        """The stores that each record some of the samples of every step: this one alone, or the shards of all ranks."""
+        return (self,)
 
     @property
     def segments(self) -> Sequence[FileEntry]:
@@ -389,6 +402,11 @@ class StoreReader:
     def steps(self) -> int:
         """Number of committed steps."""
         return max((entry.end_step for entry in self.segments), default=0)
+
+    @property
+    def visits(self) -> int:
+        """Number of committed visits."""
+        return sum(entry.visits for entry in self.segments)
 
     @property
     def closing(self) -> Closing | None:
@@ -450,6 +468,10 @@ class StoreReader:
             )
 
 
+def _version(facts: Mapping[str, str]) -> int:
+    return _SHARD_FORMAT_VERSION if "shard" in facts else FORMAT_VERSION
+
+
 def _require_same(
     found: StoreReader, layout: Layout, settings: Mapping[str, str], ledger_id: str | None, steps: int
 ) -> None:
@@ -461,12 +483,12 @@ def _require_same(
             f"({ledger_id}); pass the path of that one"
         )
     # What a replay runs on is one of all its steps.
-    same = ("rank", "replayable", "threads", "torch") if settings["replayable"] == "1" else ("rank", "replayable")
-    if found.layout != layout or any(found.facts.get(key) != settings[key] for key in same):
+    same = ["rank", "replayable", "shard", "shards"] + ["threads", "torch"] * (settings["replayable"] == "1")
+    if found.layout != layout or any(found.facts.get(key) != settings.get(key) for key in same):
         raise LedgerError(
             f"record: the ledger {str(found.path)!r} was recorded of another model or with another rank=, unowned=, "
-            f"shared_inputs= or replayable=, or, to be replayed, with other threads or another torch; go on with what "
-            f"its first record() had"
+            f"shared_inputs= or replayable=, or, to be replayed, with other threads or another torch, or by another "
+            f"rank or other ranks; go on with what its first record() had"
         )
     for entry in found.files:
         found.require_size(entry)

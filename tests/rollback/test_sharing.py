@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded_models import token_data, token_loss
 from torch import nn
 
 import gradkern as gk
@@ -85,3 +86,17 @@ def test_biases_of_a_classifier_take_no_bytes(tmp_path):
     records = sum(entry.bytes for entry in StoreReader(tmp_path / "run").segments)
     assert records / ledger.visits < 380
     assert ledger.verify(model).passed
+
+
+def test_a_segment_whose_shared_tensors_become_small_can_be_cut(tmp_path, token_model):
+    data = token_data()
+    optimizer = gk.AdamW(token_model.parameters(), lr=1e-2)
+    with gk.rollback.record(token_model, optimizer, tmp_path / "run", rewind=4) as recorder:
+        for _ in range(8):  # 160 bytes of visit numbers in each stream, of which 80 are left
+            with recorder.batch(range(5)):
+                token_loss(token_model(data[:5]), data[:5]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        recorder.rewind(steps=4)
+    assert gk.rollback.open(tmp_path / "run").steps == 4
+    assert gk.rollback.open(tmp_path / "run").verify(token_model).passed
