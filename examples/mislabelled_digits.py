@@ -2,8 +2,8 @@
 
 A small network is trained on handwritten digits of which some have a wrong label, while gradkern records it. Then its
 training samples are ranked by how suspect their labels are, in several ways, and each way is held against the truth.
-Writes ``OUT/mislabelled_digits.png`` and ``OUT/mislabelled_digits.json``, and ``OUT/mislabelled_digits.html``: who taught
-the model its worst mistakes.
+Writes ``OUT/mislabelled_digits.png`` and ``OUT/mislabelled_digits.json``; and ``OUT/mislabelled_digits.html``, on who
+taught the model its worst mistakes.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), help="for what it writes (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="for what it writes (default: %(default)s)")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[3], help="of split, wrong labels, weights and order (default: 3)"
     )

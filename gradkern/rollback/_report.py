@@ -22,7 +22,8 @@ from gradkern.rollback._verify import VerifyReport
 __all__ = ["write_report"]
 
 _STYLE_SHEET = Path(__file__).with_name("report.css")
-_SAMPLE_SIDE, _QUERY_SIDE = 96, 144
+_SAMPLE_SIDE, _QUERY_SIDE = 88, 144
+_SCALE = "Bars count them on a logarithmic scale; ticks below are those listed."
 # Of a query's text, in the table of all of them.
 _EXCERPT = 70
 _NOTHING = Showing("", is_tile=False)
@@ -83,7 +84,7 @@ def write_report(
         title,
         lead if asked else "What a training run recorded of its samples.",
         body,
-        footer="Written by gradkern.rollback. Charts count samples on a logarithmic scale.",
+        footer="Written by gradkern.rollback.",
         style=_STYLE_SHEET.read_text(encoding="utf-8"),
     )
     write_whole(path, page.encode("utf-8"))
@@ -136,11 +137,11 @@ def _query(content: object, ids: Tensor, scores: Tensor, k: int) -> _Query:
 
 def _overview(asked: Sequence[_Query]) -> str:
     def best(entries: tuple[_Entry, ...]) -> tuple[str, str]:
-        return (signed(entries[0].score), f"sample {entries[0].id}") if entries else ("", "none")
+        return (signed(entries[0].score), f"sample\N{NO-BREAK SPACE}{entries[0].id}") if entries else ("", "none")
 
     rows = [
         (
-            Html(f'<a href="#query-{number}">Query {number}</a>'),
+            Html(f'<a href="#query-{number}">Query\N{NO-BREAK SPACE}{number}</a>'),
             _excerpt(query.content),
             *best(query.helped),
             *best(query.harmed),
@@ -171,7 +172,7 @@ def _query_section(number: int, query: _Query, showings: Mapping[int, Showing]) 
     neither = f", {total - helped - harmed:,} did neither" if total > helped + harmed else ""
     spread = f"{total:,} samples: {helped:,} helped, {harmed:,} harmed{neither}."
     marked = [entry.score for entry in (*query.helped, *query.harmed)]
-    chart = figure(f"{anchor}-spread", histogram(query.scores, marked), f"How scores are spread. {spread}")
+    chart = figure(f"{anchor}-spread", histogram(query.scores, marked), f"{spread} {_SCALE}")
     widest = max(map(abs, marked), default=1.0)
     lists = "".join(
         _list(f"{anchor}-{side}", side, entries, part, widest, showings)

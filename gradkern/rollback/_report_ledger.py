@@ -54,7 +54,7 @@ def ledger_section(
         ("files", f"{len(store.files):,}, of {_bytes(store):,} bytes"),
         ("rank of records", store.facts["rank"]),
         ("can be trained again", "yes" if store.facts.get("replayable") == "1" else "no"),
-        ("recorded with", f"torch {store.facts.get('torch', '?')}, {store.facts.get('threads', '?')} threads"),
+        ("recorded with", f"torch {store.facts.get('torch', '?')}, threads: {store.facts.get('threads', '?')}"),
         ("trained but not recorded", ", ".join(unowned) or "nothing"),
     ]
     checks = [] if verified is None else [_check_row(check) for check in verified.checks]
