@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -85,6 +86,18 @@ def test_sheet_is_a_picture_of_forty_digits(small_run: tuple[Path, str]) -> None
     assert width > 1000
     assert height > 500
     assert red_share(picture) > 0.01
+
+
+def test_page_is_on_the_worst_mistakes(small_run: tuple[Path, str]) -> None:
+    out, printed = small_run
+    page = (out / "mislabelled_digits.html").read_text()
+    assert str(out / "mislabelled_digits.html") in printed
+    assert page.count('<section id="query-') == 20
+    assert page.count("<img") >= 20 * 11
+    assert len(re.findall(r">is a \d, taken for a \d<", page)) > 20
+    assert len(re.findall(r">label \d, is a \d<", page)) > 0
+    assert "failed" not in re.findall(r'<span class="(\w+)">', page)
+    assert len(page) < 1_000_000
 
 
 def red_share(picture: Any) -> float:
