@@ -243,7 +243,7 @@ class Ledger:
         Raises:
             TypeError: ``scores`` or something to show is none of the above.
             ValueError: ``k`` is below 1, scores are not finite or not of the shape of their ids, there are not as many
-                ``queries`` as in ``scores``, or an image has another shape or dtype or values out of range.
+                ``queries`` as in ``scores``, or an image has another shape, dtype or mode or values out of range.
             LedgerError: A file is damaged.
             ImportError: There are images and Pillow is not installed.
             OSError: The folder does not exist or cannot be written.

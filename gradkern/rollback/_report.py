@@ -149,10 +149,9 @@ def _overview(asked: Sequence[_Query]) -> str:
         for number, query in enumerate(asked, 1)
     ]
     head = ("", "", "helped most", "", "harmed most", "")
-    return section(
-        "queries", f"{len(asked)} queries", "Of each the samples with the highest and lowest score.",
-        f'<nav aria-label="queries">{table(head, rows, numbers={2, 4})}</nav>',
-    )  # fmt: skip
+    said = "Of each the samples with the highest and lowest score."
+    links = f'<nav aria-label="queries">{table(head, rows, numbers={2, 4})}</nav>'
+    return section("queries", f"{len(asked)} queries", said, links)
 
 
 def _excerpt(content: object) -> str:
@@ -167,8 +166,7 @@ def _query_section(number: int, query: _Query, showings: Mapping[int, Showing]) 
     if query.content is not None:
         showing = render(query.content, f"query {number}", side=_QUERY_SIDE)
         shown = f'<div class="asked{" tile" if showing.is_tile else ""}">{showing.html}</div>'
-    counts = (int((query.scores > 0).sum()), int((query.scores < 0).sum()))
-    total, helped, harmed = len(query.scores), *counts
+    total, helped, harmed = len(query.scores), int((query.scores > 0).sum()), int((query.scores < 0).sum())
     neither = f", {total - helped - harmed:,} did neither" if total > helped + harmed else ""
     spread = f"{total:,} samples: {helped:,} helped, {harmed:,} harmed{neither}."
     marked = [entry.score for entry in (*query.helped, *query.harmed)]
@@ -181,12 +179,8 @@ def _query_section(number: int, query: _Query, showings: Mapping[int, Showing]) 
             ("harmed", query.harmed, query.scores.clamp_max(0)),
         )
     )
-    return section(
-        f"query-{number}",
-        f"Query {number}",
-        "",
-        f'<div class="query">{shown}{chart}</div><div class="pair">{lists}</div>',
-    )
+    what = f'<div class="query">{shown}{chart}</div><div class="pair">{lists}</div>'
+    return section(anchor, f"Query {number}", "", what)
 
 
 def _list(

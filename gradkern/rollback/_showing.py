@@ -25,8 +25,12 @@ _CAPTION_CHARACTERS = 60
 # The longer side of what is stored of an image; larger ones are made smaller.
 _MOST_PIXELS = 256
 _IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Other modes of Pillow, where they do not become RGB.
-_CONVERTED = {"1": "L", "P": "RGBA", "PA": "RGBA", "LA": "RGBA", "La": "RGBA", "RGBa": "RGBA"}
+# What other modes of Pillow become. Not among them are those of more than 8 bits: what is white in them is not known.
+_CONVERTED = {
+    "1": "L",
+    **dict.fromkeys(("P", "PA", "LA", "La", "RGBa"), "RGBA"),
+    **dict.fromkeys(("RGBX", "CMYK", "YCbCr", "LAB", "HSV"), "RGB"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +93,15 @@ def _image(image: object, name: str, side: int) -> str:
         )
     if 0 in made.size:
         raise ValueError(f"report: the image of {name} has no pixels, its size is {made.size}")
-    if made.mode not in _IMAGE_MODES.values():
-        made = made.convert(
-            "RGBA" if made.mode in ("P", "PA", "LA", "La", "RGBa") else "L" if made.mode == "1" else "RGB"
+    if made.mode in _CONVERTED:
+        made = made.convert(_CONVERTED[made.mode])
+    elif made.mode in _IMAGE_MODES.values():
+        made = made.copy()
+    else:
+        raise ValueError(
+            f"report: the image of {name} is of Pillow's mode {made.mode!r}, expected 8 bits a channel; scale it to "
+            "0 to 255 and convert it to 'L' or 'RGB'"
         )
-    made = made.copy()
     made.info = {}  # what cameras write beside the pixels is nobody's business
     made.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
     buffer = io.BytesIO()

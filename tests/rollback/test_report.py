@@ -336,6 +336,7 @@ def test_large_images_are_made_smaller(ledger, tmp_path):
         (torch.arange(5), ValueError, r"has shape \(5,\), expected \(height, width\) or, .* decode what is no image"),
         (COLOUR.transpose(2, 0, 1), ValueError, r"shape \(3, 5, 7\), .* \(height, width, channels\)"),
         (torch.from_numpy(COLOUR), ValueError, r"shape \(5, 7, 3\), .* \(channels, height, width\)"),
+        (Image.new("I;16", (4, 4)), ValueError, r"Pillow's mode 'I;16', expected 8 bits a channel"),
         (torch.zeros(0, 3), ValueError, r"has no pixels"),
         (torch.tensor([[0.0, 1.5]]), ValueError, r"values from 0 to 1.5, expected 0 to 1 for torch.float32"),
         (torch.tensor([[0.0, math.nan]]), ValueError, r"expected 0 to 1"),
