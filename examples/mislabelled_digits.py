@@ -2,7 +2,8 @@
 
 A small network is trained on handwritten digits of which some have a wrong label, while gradkern records it. Then its
 training samples are ranked by how suspect their labels are, in several ways, and each way is held against the truth.
-Writes ``OUT/mislabelled_digits.png`` and ``OUT/mislabelled_digits.json``.
+Writes ``OUT/mislabelled_digits.png`` and ``OUT/mislabelled_digits.json``; and ``OUT/mislabelled_digits.html``, on who
+taught the model its worst mistakes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from demo.digit_report import write_report
 from demo.digit_sheet import draw_sheet
 from demo.digits import NoisyDigits
 from demo.noisy_labels import CHOSEN, WAYS, Run, suspicions
@@ -75,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for seed, each in zip(args.seeds, digits, strict=True):
-        outcome, order = run_once(each, args.epochs, seed)
+        page = None if outcomes else args.out / "mislabelled_digits.html"
+        outcome, order = run_once(each, args.epochs, seed, page)
         print_outcome(outcome)
         if not outcomes:
             title = f"The {_SHOWN} most suspect of {outcome.samples} training samples, by {CHOSEN!r} (seed {seed})"
@@ -85,13 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = {"epochs": args.epochs, "chosen": CHOSEN, "runs": [asdict(outcome) for outcome in outcomes]}
     (args.out / "mislabelled_digits.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(f"\nThe most suspect digits: {args.out / 'mislabelled_digits.png'}")
+    print(f"Who taught the model its worst mistakes: {args.out / 'mislabelled_digits.html'}")
     return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out"), help="for sheet and figures (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="for what it writes (default: %(default)s)")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[3], help="of split, wrong labels, weights and order (default: 3)"
     )
@@ -105,8 +109,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def run_once(digits: NoisyDigits, epochs: int, seed: int) -> tuple[Outcome, torch.Tensor]:
-    """Train, rank in every way and count; also return the chosen way's order, most suspect first."""
+def run_once(digits: NoisyDigits, epochs: int, seed: int, page: Path | None = None) -> tuple[Outcome, torch.Tensor]:
+    """Train, rank in every way and count; also return the chosen way's order, most suspect first.
+
+    With a ``page`` also write the report of the run there.
+    """
     wrong = digits.mislabelled
     with tempfile.TemporaryDirectory() as folder:
         run = Run.start(digits, Path(folder) / "ledger", epochs=epochs, seed=seed)
@@ -124,6 +131,8 @@ def run_once(digits: NoisyDigits, epochs: int, seed: int) -> tuple[Outcome, torc
             ledger_bytes=run.ledger.nbytes,
             ways={way.name: Quality.of(orders[way.name], wrong) for way in WAYS if way.name in orders},
         )
+        if page is not None:
+            write_report(page, run)
     return outcome, orders[CHOSEN]
 
 

@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 import gradkern as gk
+from gradkern._page import mib
 
 from .figures import LedgerSummary, Memory, Prediction, Setup, Timing, Training
-from .report import mib
 
 __all__ = [
     "open_console",

@@ -36,6 +36,15 @@ _STYLE = {
     "ytick.color": MUTED,
     "legend.frameon": False,
 }
+# In a page the style sheet has the last word on colours, so that charts follow it into the dark.
+_VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    BLUE: "var(--blue)",
+    ORANGE: "var(--orange)",
+    RED: "var(--bad)",
+}
 # Steps on either side that the mean of a point takes in.
 _SMOOTHING = 3
 
@@ -145,4 +154,6 @@ def _inline_svg(figure: Figure, name: str) -> str:
     # Several charts share one page, so every id and every reference to it carries the chart's name.
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(f": {color}", f": {variable}")
     return svg.replace("<metadata>", "<metadata hidden>", 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+
+from gradkern._page import cards, document, figure, mib, section, table
 
 from . import plots
 from .corpus import Snippet
@@ -23,49 +25,34 @@ def render_report(figures: Figures, *, max_norm: float) -> str:
         max_norm: Clipping threshold, marked in the chart of gradient norms.
     """
     setup = figures.setup
-    return "\n".join(
+    return document(
+        "What one training run did",
+        f"{setup.model}, {setup.parameter_count / 1e6:.2f} M parameters, from random weights. {setup.data}. "
+        f"{setup.batch}.",
         (
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            "<title>gradkern: what one training run did</title>",
-            f"<style>{_STYLE_SHEET.read_text(encoding='utf-8')}</style></head><body>",
-            "<header><h1>What one training run did</h1>",
-            f"<p>{escape(setup.model)}, {setup.parameter_count / 1e6:.2f} M parameters, from random weights. "
-            f"{escape(setup.data)}. {escape(setup.batch)}.</p></header>",
-            "<main>",
             _cards(figures),
             _memory_section(figures.memory),
             _training_section(figures.training, max_norm),
             _timing_section((figures.update_cycle, figures.whole_step)),
             _influence_section(figures.prediction),
             _ledger_section(figures.ledger),
-            "</main>",
-            f"<footer>{escape(setup.software)}. All figures are of this one run.</footer>",
-            "</body></html>\n",
-        )
+        ),
+        footer=f"{setup.software}. All figures are of this one run.",
+        style=_STYLE_SHEET.read_text(encoding="utf-8"),
     )
 
 
 def _cards(figures: Figures) -> str:
     memory, training = figures.memory, figures.training
     share = memory.measured_peak_bytes / memory.natural_peak_bytes
-    cards = (
+    headline = (
         ("peak memory", f"{share:.0%}", f"of natural: {mib(memory.measured_peak_bytes)}"),
         ("loss", f"{training.loss_last:.2f}", f"nats per byte, from {training.losses[0]:.2f}"),
         ("update cycle", f"{figures.update_cycle.ratio:.2f}×", "as fast as torch's best"),
         ("whole step", f"{figures.whole_step.ratio:.2f}×", "forward, backward and update"),
         ("conservation error", f"{figures.ledger.conservation_error:.1e}", "of what the ledger recorded"),
     )
-    return (
-        '<div class="cards" id="headline">'
-        + "".join(
-            f'<div class="card"><div class="label">{label}</div><div class="value">{value}</div>'
-            f'<div class="detail">{detail}</div></div>'
-            for label, value, detail in cards
-        )
-        + "</div>"
-    )
+    return cards("headline", headline)
 
 
 def _memory_section(memory: Memory) -> str:
@@ -83,12 +70,12 @@ def _memory_section(memory: Memory) -> str:
         f"{escape(name)}: {escape(option)}</span>"
         for name, option, saved in memory.units
     )
-    return _section(
+    return section(
         "memory",
         "Memory",
         "The plan recomputes some blocks in backward to keep a whole accumulation cycle under the budget.",
-        _figure("memory-timeline", chart, "Live bytes while one optimizer step runs."),
-        _table(
+        figure("memory-timeline", chart, "Live bytes while one optimizer step runs."),
+        table(
             ("", "bytes", "", "of natural"),
             [(label, f"{size:,}", mib(size), f"{size / memory.natural_peak_bytes:.1%}") for label, size in rows],
             numbers={1, 2, 3},
@@ -100,26 +87,26 @@ def _memory_section(memory: Memory) -> str:
 def _training_section(training: Training, max_norm: float) -> str:
     loss = plots.line_chart("loss", training.losses, color=plots.BLUE, y_label="loss, nats per byte")
     norm = plots.line_chart("norm", training.grad_norms, color=plots.ORANGE, y_label="gradient norm", limit=max_norm)
-    return _section(
+    return section(
         "training",
         "Training",
         f"{len(training.losses)} optimizer steps in {training.seconds:.0f} s, "
         f"{training.tokens / training.seconds:,.0f} bytes of text a second with recording on. Held-out loss: "
         f"{training.held_out_first:.3f} before, {training.held_out_last:.3f} after.",
         '<div class="pair">'
-        + _figure("loss-curve", loss, "Loss of every step and its running mean.")
-        + _figure("norm-curve", norm, "Gradient norm before clipping, and its running mean.")
+        + figure("loss-curve", loss, "Loss of every step and its running mean.")
+        + figure("norm-curve", norm, "Gradient norm before clipping, and its running mean.")
         + "</div>",
     )
 
 
 def _timing_section(timings: Sequence[Timing]) -> str:
-    return _section(
+    return section(
         "timing",
         "Speed beside torch",
         "Both ways ran in turn in the same process on the same model; each figure is the best round. "
         "Bytes moved are counted from the passes over memory that each way makes, not measured.",
-        _table(
+        table(
             ("", "gradkern", "torch", "ratio", "bytes moved, gradkern", "bytes moved, torch", "rounds"),
             [
                 (
@@ -145,7 +132,7 @@ def _influence_section(prediction: Prediction) -> str:
         f"<td><pre>{escape(influence.snippet.text)}</pre></td></tr>"
         for influence in prediction.influences
     )
-    return _section(
+    return section(
         "influence",
         "Who taught it that",
         "A prompt from a file that was held out, what the model went on to write, and the training snippets "
@@ -166,7 +153,7 @@ def _ledger_section(ledger: LedgerSummary) -> str:
         f"{'passed' if passed else 'failed'}</td><td>{escape(detail)}</td></tr>"
         for name, passed, detail in ledger.checks
     )
-    return _section(
+    return section(
         "ledger",
         "The ledger",
         f"{ledger.sample_count:,} training samples recorded in {mib(ledger.size_bytes)}. What they changed "
@@ -177,33 +164,5 @@ def _ledger_section(ledger: LedgerSummary) -> str:
     )
 
 
-def _section(identifier: str, title: str, lead: str, *parts: str) -> str:
-    return f'<section id="{identifier}"><h2>{title}</h2><p class="note">{lead}</p>{"".join(parts)}</section>'
-
-
-def _figure(identifier: str, svg: str, caption: str) -> str:
-    return (
-        f'<figure id="{identifier}" role="img" aria-label="{escape(caption)}">{svg}'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: set[int]) -> str:
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f'<{tag} class="number">{escape(cell)}</{tag}>' if index in numbers else f"<{tag}>{escape(cell)}</{tag}>"
-            for index, cell in enumerate(row)
-        )
-
-    header = f"<thead><tr>{cells('th', head)}</tr></thead>"
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{header}<tbody>{body}</tbody></table></div>'
-
-
 def _place(snippet: Snippet) -> str:
     return f"{escape(snippet.path)}:{snippet.first_line}"
-
-
-def mib(size: int) -> str:
-    """Write a size in MiB."""
-    return f"{size / 2**20:,.1f} MiB"

@@ -18,6 +18,7 @@ from gradkern.rollback._conservation import Balance, balance
 from gradkern.rollback._estimators import Influence, Scores, require_estimator, score
 from gradkern.rollback._reading import read_segments, recorded_ids
 from gradkern.rollback._replay import Replay, Replayer
+from gradkern.rollback._report import write_report
 from gradkern.rollback._rewind import State, StatefulOptimizer, choose_step, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._shards import open_store
@@ -220,6 +221,59 @@ class Ledger:
         require_estimator("ref" if estimator is None else estimator, mode, replay)
         self._require_recorded_values(self._layout.trained_parameters(model))
         return score(self._store, model, queries, loss_fn, estimator, mode, replay)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        scores: Scores | None = None,
+        *,
+        show: Callable[[int], object] | None = None,
+        queries: Sequence[object] | None = None,
+        k: int = 10,
+        title: str = "Which training samples did this?",
+        verified: VerifyReport | None = None,
+    ) -> None:
+        """Write a self-contained HTML page on what the ledger answered, and on the ledger.
+
+        Of each query it has the samples with the highest and lowest scores and how those of all are spread; of the
+        ledger its size and settings, and of each layer its share of the recorded update and of the bytes. The page has
+        all its images inside, runs no script and loads nothing. It appears complete or not at all; an older one is
+        replaced.
+
+        What shows a sample or query is a text, an image, or a tuple of those, such as an image and its label. Images
+        are of Pillow, or tensors or numpy arrays in uint8 (0 to 255), bool or a floating dtype (0 to 1), of shape
+        ``(height, width)`` or, with 1, 3 or 4 channels, ``(channels, height, width)`` for tensors and
+        ``(height, width, channels)`` for arrays. Of texts the first 2,000 characters are shown; images with more than
+        256 pixels on a side are made smaller.
+
+        Args:
+            path: File to write.
+            scores: What :meth:`scores` returned, of one query or several. None writes of the ledger alone.
+            show: Gives what shows a sample from its id; called once for each id that is listed. None lists ids alone.
+            queries: What shows each query, in the order of ``scores``.
+            k: Most samples to list of those that helped, and of those that harmed.
+            title: Heading of the page.
+            verified: What :meth:`verify` returned, to be included.
+
+        Raises:
+            TypeError: ``scores`` or something to show is none of the above.
+            ValueError: ``k`` is below 1, scores are not finite or not of the shape of their ids, there are not as many
+                ``queries`` as in ``scores``, or an image has another shape, dtype or mode or values out of range.
+            LedgerError: A file is damaged.
+            ImportError: There are images and Pillow is not installed.
+            OSError: The folder does not exist or cannot be written.
+        """
+        write_report(
+            Path(path),
+            self._store,
+            self.layer_bytes(),
+            scores,
+            show=show,
+            queries=queries,
+            k=k,
+            title=title,
+            verified=verified,
+        )
 
     def sketch(self, path: str | os.PathLike[str], *, width: int = 256, seed: int = 0) -> Sketches:
         """Compress what every sample did to a few hundred bytes, in one file, to search millions in milliseconds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -87,6 +88,19 @@ def test_sheet_is_a_picture_of_forty_digits(small_run: tuple[Path, str]) -> None
     assert red_share(picture) > 0.01
 
 
+def test_page_is_on_the_worst_mistakes(small_run: tuple[Path, str]) -> None:
+    out, printed = small_run
+    page = (out / "mislabelled_digits.html").read_text()
+    assert str(out / "mislabelled_digits.html") in printed
+    assert "worst mistakes? (ref)</h1>" in page
+    assert page.count('<section id="query-') == 20
+    assert page.count("<img") >= 20 * 11
+    assert len(re.findall(r">is a \d, taken for a \d<", page)) > 20
+    assert len(re.findall(r">label \d, is a \d<", page)) > 0
+    assert "failed" not in re.findall(r'<span class="(\w+)">', page)
+    assert len(page) < 1_000_000
+
+
 def red_share(picture: Any) -> float:
     red, green, blue = picture[..., 0], picture[..., 1], picture[..., 2]
     return float(((red > 0.7) & (green < 0.4) & (blue < 0.4)).mean())
@@ -127,12 +141,13 @@ def test_that_share_of_labels_is_wrong_and_images_are_in_one_part_alone(share: f
 
 
 def test_ways_without_scores_are_named(
-    digits: NoisyDigits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digits: NoisyDigits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = replace(digits, images=digits.images[:100], given=digits.given[:100], true=digits.true[:100])
     outcome, _ = run_once(few, epochs=1, seed=0)
     monkeypatch.setattr(_estimators, "_MOST_GROWTH", 0.0)  # nothing fades to less than nothing
-    without, order = run_once(few, epochs=1, seed=0)
+    without, order = run_once(few, epochs=1, seed=0, page=tmp_path / "page.html")
+    assert "worst mistakes? (direct)</h1>" in (tmp_path / "page.html").read_text()
     by_ref = [way.name for way in WAYS if way.name.endswith("ref")]
     assert outcome.ways == {**without.ways, **{name: outcome.ways[name] for name in by_ref}}
     assert sorted(order.tolist()) == list(range(100))

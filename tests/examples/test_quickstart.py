@@ -12,23 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import load
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 SECTIONS = ["headline", "memory", "training", "timing", "influence", "ledger"]
 CHARTS = ["memory-timeline", "loss-curve", "norm-curve"]
 # Writes down where the browser put each part, so that a part that is there but not seen is noticed.
-LAYOUT_PROBE = """<script>
-addEventListener("load", () => {
-  const layout = {};
-  for (const id of %s) {
-    const box = document.getElementById(id).getBoundingClientRect();
-    layout[id] = [box.width, box.height];
-  }
-  layout.page = [document.documentElement.scrollWidth, window.innerWidth];
-  document.body.dataset.layout = JSON.stringify(layout);
-});
-</script>"""
+LAYOUT_PROBE = """
+const layout = {};
+for (const id of %s) {
+  const box = document.getElementById(id).getBoundingClientRect();
+  layout[id] = [box.width, box.height];
+}
+layout.page = [document.documentElement.scrollWidth, window.innerWidth];
+document.body.dataset.layout = JSON.stringify(layout);
+"""
 
 
 def run_quickstart(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -104,34 +103,13 @@ def test_too_few_steps_say_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_report_stands_in_a_real_browser(small_run: tuple[Path, str], tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("no chromium on this machine (apt install chromium)")
+@pytest.mark.parametrize("dark", [False, True])
+def test_report_stands_in_a_real_browser(small_run: tuple[Path, str], tmp_path: Path, dark: bool) -> None:
     out, _ = small_run
-    page = tmp_path / "report.html"
     probe = LAYOUT_PROBE % json.dumps([*SECTIONS, *CHARTS, "influence-table", "prediction"])
-    page.write_text((out / "report.html").read_text().replace("</body>", f"{probe}</body>"))
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1280,1000",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    done = subprocess.run(
-        [browser, *flags, "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    dom = done.stdout
+    loaded = load(out / "report.html", tmp_path, probe=probe, dark=dark)
+    assert loaded.console == []
+    dom = loaded.dom
     assert "What one training run did" in dom
     assert dom.count("<svg") == len(CHARTS)
     (encoded,) = re.findall(r'data-layout="([^"]+)"', dom)

@@ -70,7 +70,7 @@ def with_everything() -> str:
     [
         {"triton"},
         {"transformers"},
-        {"safetensors", "matplotlib", "typer", "rich"},
+        {"safetensors", "matplotlib", "PIL", "typer", "rich"},
     ],
     ids=lambda blocked: "+".join(sorted(blocked)),
 )
@@ -83,7 +83,7 @@ def test_trains_alike_without_the_native_library(with_everything: str) -> None:
 
 
 def test_trains_alike_with_nothing_but_torch_and_numpy(with_everything: str) -> None:
-    everything = {"triton", "transformers", "safetensors", "matplotlib", "typer", "rich"}
+    everything = {"triton", "transformers", "safetensors", "matplotlib", "PIL", "typer", "rich"}
     assert train(everything, GRADKERN_NATIVE="0") == with_everything
 
 
@@ -94,7 +94,7 @@ def test_import_loads_no_optional_package() -> None:
         import torch
         before = set(sys.modules)
         import gradkern
-        optional = {"triton", "transformers", "safetensors", "matplotlib", "typer", "rich", "scipy"}
+        optional = {"triton", "transformers", "safetensors", "matplotlib", "PIL", "typer", "rich", "scipy"}
         print(sorted(optional & {name.partition(".")[0] for name in set(sys.modules) - before}))
         """
     )
