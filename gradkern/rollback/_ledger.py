@@ -154,8 +154,10 @@ class Ledger:
         found = self._score(model, [query], loss_fn, estimator, mode, replay)
         # Stable: of equal scores the smaller id comes first, whatever k is.
         scores, positions = found.scores[0].sort(descending=True, stable=True)
-        best = zip(found.ids[positions[:k]].tolist(), scores[:k].tolist(), strict=True)
-        return [Influence(id, score) for id, score in best]
+        best = positions[:k]
+        errors = torch.full_like(scores, torch.nan) if found.errors is None else found.errors[0]
+        triples = zip(found.ids[best].tolist(), scores[:k].tolist(), errors[best].tolist(), strict=True)
+        return [Influence(id, score, error) for id, score, error in triples]
 
     def scores(
         self,
@@ -187,7 +189,7 @@ class Ledger:
         """
         if not isinstance(query, list):
             found = self._score(model, [query], loss_fn, estimator, mode, replay)
-            return Scores(found.ids, found.scores[0])
+            return Scores(found.ids, found.scores[0], None if found.errors is None else found.errors[0])
         if not query:
             raise ValueError("scores: the list of queries is empty, expected at least one batch")
         return self._score(model, query, loss_fn, estimator, mode, replay)
