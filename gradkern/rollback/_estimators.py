@@ -23,7 +23,7 @@ from gradkern.rollback._subtraction import subtract_each
 from gradkern.rollback._sweep import EmpiricalFisher, NoCurvatureError, sweep
 from gradkern.rollback._trajectory import Trajectory
 
-__all__ = ["Influence", "Scores", "query_gradients", "require_estimator", "score"]
+__all__ = ["Influence", "Scores", "needs_replay", "query_gradients", "require_estimator", "score"]
 
 # Of the estimators that sweep, the share of the curvature that later steps are taken to have reacted with, by mode.
 _CURVATURE = {("direct", "run"): 0.0, ("ref", "run"): 1.0, ("ref", "expected"): 0.5}
@@ -116,17 +116,22 @@ def require_estimator(estimator: str, mode: str, replay: Replay | None) -> None:
     if (estimator, mode) not in _KNOWN:
         known = ", ".join(f"estimator={each!r} with mode={other!r}" for each, other in _KNOWN)
         raise ValueError(f"there are {known}; got estimator={estimator!r} with mode={mode!r}")
-    needs_replay = (estimator, mode) in _BY_REPLAY
-    if needs_replay and replay is None:
+    by_replay = needs_replay(estimator, mode)
+    if by_replay and replay is None:
         raise ValueError(
             f"estimator={estimator!r} runs the training again and needs replay=Replay(fetch, make_optimizer, loss_fn), "
             f"got None; estimator='ref' and 'direct' need none"
         )
-    if replay is not None and not needs_replay:
+    if replay is not None and not by_replay:
         raise ValueError(
             f"estimator={estimator!r} does not run the training again, got replay=; leave it away, or ask for "
             f"estimator='gauss_newton' or 'metagradient'"
         )
+
+
+def needs_replay(estimator: str | None, mode: str) -> bool:
+    """Whether an estimator runs the training again."""
+    return (estimator, mode) in _BY_REPLAY
 
 
 def _score_by_replay(

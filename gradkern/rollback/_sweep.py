@@ -141,7 +141,7 @@ def collect_scores(visits: Sequence[tuple[Tensor, Tensor]], functions: int) -> t
     With ``c`` the scores of a sample's ``n`` visits, the error is ``sqrt(n / (n - 1) * Σ (c - mean(c))²)``. Drawing
     ``n`` of them with replacement, again and again, gives sums whose standard deviation tends to the root of
     ``Σ (c - mean(c))²`` exactly; the factor makes up for the mean having been taken of the same few visits (Efron and
-    Tibshirani, "An introduction to the bootstrap", 1993, section 5.3).
+    Tibshirani, "An introduction to the bootstrap", 1993).
 
     Args:
         visits: Sample ids, shape ``(n,)``, with scores of shape ``(functions, n)``, fp64.
