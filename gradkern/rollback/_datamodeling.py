@@ -69,7 +69,8 @@ def _rank_correlation(left: Tensor, right: Tensor) -> Tensor:
 
 def _ranks(values: Tensor) -> Tensor:
     """Of every row."""
-    ordered, values = values.sort(dim=1).values, values.contiguous()
+    values = values.contiguous()
+    ordered = values.sort(dim=1).values.contiguous()
     below = torch.searchsorted(ordered, values)
     up_to = torch.searchsorted(ordered, values, right=True)
     return (below + up_to).double() / 2.0

@@ -117,7 +117,7 @@ def run_self_test(
     how = (
         f"trained one by one, because {retrained.why}"
         if retrained.why is not None
-        else f"trained together, {retrained.apart:.1g} of their change from exact retraining"
+        else f"trained together, {retrained.apart:.1g} of the change of losses from exact retraining"
     )
     bad = int((~retrained.losses.isfinite()).any(dim=1).sum())
     if bad:

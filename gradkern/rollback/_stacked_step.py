@@ -29,7 +29,7 @@ class StackedOptimizer:
     """The optimizers of many copies of a model.
 
     Args:
-        optimizer: That of one, after at least one step, which tells what it keeps; left as it is.
+        optimizer: That of one; left as it is.
         model: Whose parameters it trains.
         copies: Their number.
 
@@ -43,9 +43,9 @@ class StackedOptimizer:
         self._is_adam = isinstance(optimizer, torch.optim.Adam)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups = [[names[id(each)] for each in group["params"]] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                self._require_plain(parameter, optimizer.state.get(parameter, {}), group)
+        trained = [each for group in optimizer.param_groups for each in group["params"]]
+        if any(each.dtype != torch.float32 for each in trained):
+            raise UnstackableError("the optimizer trains other parameters than of fp32")
         self.names = [name for group in self._groups for name in group]
         self._states: dict[str, list[Tensor]] = {}
         self._made = {name: torch.zeros(copies, dtype=torch.int64) for name in self.names}
@@ -116,16 +116,6 @@ class StackedOptimizer:
         if self._max_norm is None:
             return torch.ones(len(found))
         return (self._max_norm / (found + 1e-6)).clamp_max(1.0).float()
-
-    def _require_plain(self, parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
-        """Raise where a parameter is not updated in fp32 from state in fp32 alone."""
-        if self._is_adam:
-            known = {"step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])}
-        else:
-            known = {"momentum_buffer"}
-        kept = {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
-        if not kept.keys() <= known or any(each.dtype != torch.float32 for each in [parameter, *kept.values()]):
-            raise UnstackableError("the optimizer keeps more than state of full precision, or trains other than fp32")
 
 
 def _threshold(optimizer: torch.optim.Optimizer) -> float | None:

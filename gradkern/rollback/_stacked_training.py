@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradkern.loss import Batch, LossFn, compute_loss
 from gradkern.rollback._replay import LoggedStep, Training
@@ -28,7 +29,6 @@ class StackedTraining:
 
     Args:
         training: At its start; its model is run with other parameters and buffers, and keeps its own.
-        finished: The same at its end, whose optimizer tells what it keeps.
         ids: Of all samples, ascending, shape ``(samples,)``.
         left_out: Which samples each copy does without, bool, shape ``(copies, samples)``.
 
@@ -36,11 +36,11 @@ class StackedTraining:
         UnstackableError: There is no stacked form of the optimizer's step.
     """
 
-    def __init__(self, training: Training, finished: Training, ids: Tensor, left_out: Tensor) -> None:
+    def __init__(self, training: Training, ids: Tensor, left_out: Tensor) -> None:
         self._training = training
         self._ids, self._left_out = ids, left_out
         copies = len(left_out)
-        self._optimizer = StackedOptimizer(finished.optimizer, finished.model, copies)
+        self._optimizer = StackedOptimizer(training.optimizer, training.model, copies)
         named = dict(training.model.named_parameters())
         self._parameters = {
             name: _stack(named[name], copies) for name in self._optimizer.names if named[name].requires_grad
@@ -70,7 +70,7 @@ class StackedTraining:
     def losses(self, queries: Sequence[Batch], loss_fn: LossFn | None) -> Tensor:
         """The losses of queries as they are now, in eval mode: fp64, shape ``(copies, queries)``."""
         self._training.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             stacked = {**self._parameters, **self._buffers}
             return torch.stack(
                 [StackedLosses(self._training.model, query, loss_fn)(stacked) for query in queries], dim=1
@@ -110,7 +110,9 @@ class StackedTraining:
         buffers = {name: each[copies] for name, each in self._buffers.items()}
         torch.set_rng_state(state)
         try:
-            total = vmap(loss, randomness="same")(parameters, buffers, batches.tensors).sum()
+            # Of the kernels of attention, the formula alone has a rule for batches.
+            with sdpa_kernel(SDPBackend.MATH):
+                total = vmap(loss, randomness="same")(parameters, buffers, batches.tensors).sum()
             found = (
                 torch.autograd.grad(total, list(parameters.values()), allow_unused=True) if total.requires_grad else ()
             )
