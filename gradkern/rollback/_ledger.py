@@ -435,7 +435,7 @@ class Ledger:
         order.
 
         Models are trained together, in stacks of 256 MiB, where ``torch.func.vmap`` can run the model and ``loss_fn``
-        and the optimizer is gradkern's ``AdamW``, ``Adam`` or ``SGD`` in fp32, clipping by ``max_norm`` or not at all;
+        and the optimizer is gradkern's ``AdamW``, ``Adam`` or ``SGD`` in fp32 on the CPU, clipping by ``max_norm`` or not at all;
         the first is also trained alone, and their losses must be closer than 5 % of what leaving its samples out
         changed. Otherwise fewer of them are trained one by one, and the report says why.
 
@@ -451,8 +451,8 @@ class Ledger:
             least_cosine: Mean cosine of records and exact gradients that passes. Compression throws away what matters
                 little as well, so that 0.5 is a bound for the grossly wrong.
             least_lds: What the lower end of the 95 % interval of the linear datamodeling score must reach. The interval
-                is that of the draw of subsets alone, by the jackknife. On the small classifiers that we measured,
-                ``"ref"`` had 0.52 to 0.68, ``"direct"`` 0.20 to 0.30.
+                is that of the draw of subsets alone, by the jackknife. On an MLP of 6,570 parameters trained on digits
+                ``"ref"`` had 0.52 to 0.68 by share, ``"direct"`` 0.20 to 0.30.
             progress: Called with the number of steps made and of all; the latter changes once it is known whether
                 models can be trained together.
 

@@ -111,6 +111,8 @@ def run_self_test(
         loss_fn: Of the queries.
         progress: See there.
     """
+    if not bool(scores.scores.isfinite().all()):
+        return untested(report, least_cosine, least_lds, "scores are not finite", passed=False)
     fewer = _ONE_BY_ONE if subsets is None else subsets
     retrained = retrain(replayer, scores.ids, left_out, fewer, queries, loss_fn, progress)
     models = len(retrained.losses)

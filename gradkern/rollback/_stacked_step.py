@@ -34,8 +34,8 @@ class StackedOptimizer:
         copies: Their number.
 
     Raises:
-        UnstackableError: It is not gradkern's Adam, AdamW or SGD in fp32, or clips otherwise than by the norm of all of
-            its gradients.
+        UnstackableError: It is not gradkern's Adam, AdamW or SGD in fp32 in host memory, or clips otherwise than by the
+            norm of all of its gradients.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, copies: int) -> None:
@@ -44,8 +44,8 @@ class StackedOptimizer:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups = [[names[id(each)] for each in group["params"]] for group in optimizer.param_groups]
         trained = [each for group in optimizer.param_groups for each in group["params"]]
-        if any(each.dtype != torch.float32 for each in trained):
-            raise UnstackableError("the optimizer trains other parameters than of fp32")
+        if any(each.dtype != torch.float32 or each.device.type != "cpu" for each in trained):
+            raise UnstackableError("the optimizer trains other parameters than of fp32 in host memory")
         self.names = [name for group in self._groups for name in group]
         self._states: dict[str, list[Tensor]] = {}
         self._made = {name: torch.zeros(copies, dtype=torch.int64) for name in self.names}

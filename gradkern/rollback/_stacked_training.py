@@ -76,10 +76,6 @@ class StackedTraining:
                 [StackedLosses(self._training.model, query, loss_fn)(stacked) for query in queries], dim=1
             )
 
-    def parameters(self, copy: int) -> dict[str, Tensor]:
-        """Those of one copy, by name."""
-        return {name: each[copy] for name, each in self._parameters.items()}
-
     def _groups(self, ids: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, _Batches]]:
         """Copies that have batches alike, with the random numbers' state that fetching left."""
         kept = ~self._left_out[:, torch.searchsorted(self._ids, ids)]

@@ -107,9 +107,9 @@ def test_a_stack_is_trained_as_undo_trains(name, tmp_path):
     for number, each in enumerate(left_out):
         undone = ledger.undo(model, ids[each], replay=replay).model
         named = dict(undone.named_parameters())
-        assert stack.parameters(number).keys() == {name for name, each in named.items() if each.requires_grad}
-        for key, value in stack.parameters(number).items():
-            torch.testing.assert_close(value, named[key].detach(), rtol=1e-5, atol=1e-6)
+        assert stack._parameters.keys() == {name for name, each in named.items() if each.requires_grad}
+        for key, value in stack._parameters.items():
+            torch.testing.assert_close(value[number], named[key].detach(), rtol=1e-5, atol=1e-6)
         expected = torch.stack([compute_loss(undone.eval(), query, F.cross_entropy) for query in queries])
         torch.testing.assert_close(losses[number], expected.detach().double(), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(losses[0], losses[1], rtol=1e-3)

@@ -245,6 +245,17 @@ def test_models_that_diverge_are_no_test(recorded):
     assert not test.passed
 
 
+def test_scores_that_are_not_finite_fail(recorded):
+    model, ledger = recorded
+
+    def loss_fn(output, target):  # finite, and its gradient is not
+        return F.cross_entropy(output, target) + (0.0 * output.sum()).abs().sqrt()
+
+    test = ledger.self_test(model, queries(), replay=REPLAY, loss_fn=loss_fn, estimator="direct", subsets=10)
+    check = by_name(test)["linear datamodeling score"]
+    assert (check.passed, check.detail) == (False, "scores are not finite")
+
+
 def test_a_damaged_file_is_reported(tmp_path):
     model, ledger = record(tmp_path / "run")
     damaged = max((tmp_path / "run").glob("segments/*"), key=lambda each: each.stat().st_size)
