@@ -435,9 +435,9 @@ class Ledger:
         order.
 
         Models are trained together, in stacks of 256 MiB, where ``torch.func.vmap`` can run the model and ``loss_fn``
-        and the optimizer is gradkern's ``AdamW``, ``Adam`` or ``SGD`` in fp32 on the CPU, clipping by ``max_norm`` or not at all;
-        the first is also trained alone, and their losses must be closer than 5 % of what leaving its samples out
-        changed. Otherwise fewer of them are trained one by one, and the report says why.
+        and the optimizer is gradkern's ``AdamW``, ``Adam`` or ``SGD`` in fp32 on the CPU, clipping by ``max_norm`` or
+        not at all; the first is also trained alone, and their losses must be closer than 5 % of what leaving its
+        samples out changed. Otherwise fewer of them are trained one by one, and the report says why.
 
         Args:
             model: The trained model, with the parameters it had when recording ended; left as it is.
