@@ -14,6 +14,8 @@ from gradkern.rollback._ledger import open_ledger as open
 from gradkern.rollback._recorder import RecordableOptimizer, Recorder
 from gradkern.rollback._recording import record
 from gradkern.rollback._replay import Replay
+from gradkern.rollback._runs import mean_over_runs
+from gradkern.rollback._self_test import SelfTest
 from gradkern.rollback._sketch_index import SketchIndex
 from gradkern.rollback._sketches import Sketches, open_sketches
 from gradkern.rollback._top import TopScores
@@ -31,6 +33,7 @@ __all__ = [
     "Recorder",
     "Replay",
     "Scores",
+    "SelfTest",
     "SketchIndex",
     "Sketches",
     "TopScores",
@@ -38,6 +41,7 @@ __all__ = [
     "VerifyReport",
     "compact",
     "finish",
+    "mean_over_runs",
     "open",
     "open_finished",
     "open_sketches",

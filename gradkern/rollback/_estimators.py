@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from gradkern.rollback._subtraction import subtract_each
 from gradkern.rollback._sweep import EmpiricalFisher, NoCurvatureError, sweep
 from gradkern.rollback._trajectory import Trajectory
 
-__all__ = ["Influence", "Scores", "query_gradients", "require_estimator", "score"]
+__all__ = ["Influence", "Scores", "needs_replay", "query_gradients", "require_estimator", "score"]
 
 # Of the estimators that sweep, the share of the curvature that later steps are taken to have reacted with, by mode.
 _CURVATURE = {("direct", "run"): 0.0, ("ref", "run"): 1.0, ("ref", "expected"): 0.5}
@@ -43,10 +44,12 @@ class Influence:
     Attributes:
         id: The sample's id, as given to ``recorder.batch``.
         score: How much the query's loss would rise without the sample, in units of the loss; positive = it helped.
+        error: Standard error of the score, as :attr:`Scores.errors`; NaN where there is none.
     """
 
     id: int
     score: float
+    error: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,18 @@ class Scores:
     Attributes:
         ids: Different sample ids, ascending, int64, shape ``(samples,)``.
         scores: As :attr:`Influence.score`, fp64, shape ``(samples,)``; ``(queries, samples)`` for a list of queries.
+        errors: Standard errors of the scores, of the same shape: a score is a sum over the sample's visits, and this is
+            how far such sums scatter when its visits are drawn anew from those that it had, a bootstrap in closed form:
+            ``sqrt(n / (n - 1) * Σ (c - mean(c))²)`` for visits that added ``c``. It says whether a score rests on few
+            of its visits. It does not say what other training seeds would give (see :func:`mean_over_runs`), nor how
+            far the estimator is from retraining (see :meth:`Ledger.self_test`), and a steady trend over training, a
+            falling learning rate say, counts as scatter. NaN for a sample that was visited once, whose visits say
+            nothing about one another; None where visits are not told apart (``"paper"``, a finished ledger).
     """
 
     ids: torch.Tensor
     scores: torch.Tensor
+    errors: torch.Tensor | None = None
 
 
 def score(
@@ -97,7 +108,7 @@ def score(
         found = sweep(layout, gradients, read_segments(store, backwards=True), None)
     if share:
         _require_fading(found.growth, asked_for)
-    return Scores(found.ids, found.scores)
+    return Scores(found.ids, found.scores, found.errors)
 
 
 def require_estimator(estimator: str, mode: str, replay: Replay | None) -> None:
@@ -105,17 +116,22 @@ def require_estimator(estimator: str, mode: str, replay: Replay | None) -> None:
     if (estimator, mode) not in _KNOWN:
         known = ", ".join(f"estimator={each!r} with mode={other!r}" for each, other in _KNOWN)
         raise ValueError(f"there are {known}; got estimator={estimator!r} with mode={mode!r}")
-    needs_replay = (estimator, mode) in _BY_REPLAY
-    if needs_replay and replay is None:
+    by_replay = needs_replay(estimator, mode)
+    if by_replay and replay is None:
         raise ValueError(
             f"estimator={estimator!r} runs the training again and needs replay=Replay(fetch, make_optimizer, loss_fn), "
             f"got None; estimator='ref' and 'direct' need none"
         )
-    if replay is not None and not needs_replay:
+    if replay is not None and not by_replay:
         raise ValueError(
             f"estimator={estimator!r} does not run the training again, got replay=; leave it away, or ask for "
             f"estimator='gauss_newton' or 'metagradient'"
         )
+
+
+def needs_replay(estimator: str | None, mode: str) -> bool:
+    """Whether an estimator runs the training again."""
+    return (estimator, mode) in _BY_REPLAY
 
 
 def _score_by_replay(
@@ -136,7 +152,7 @@ def _score_by_replay(
     curvature = GaussNewton(layout, Trajectory(replayer))
     found = sweep(layout, gradients, read_segments(store, backwards=True), curvature)
     _require_fading(found.growth, estimator)
-    return Scores(found.ids, found.scores)
+    return Scores(found.ids, found.scores, found.errors)
 
 
 def _stacked_gradients(

@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradkern.errors import LedgerError
+from gradkern.errors import LedgerError, UnstableInfluenceError
 from gradkern.loss import Batch, LossFn
 from gradkern.rollback._audit import check_files
 from gradkern.rollback._conservation import Balance, balance
-from gradkern.rollback._estimators import Influence, Scores, require_estimator, score
+from gradkern.rollback._estimators import Influence, Scores, needs_replay, require_estimator, score
 from gradkern.rollback._reading import read_segments, recorded_ids
 from gradkern.rollback._replay import Replay, Replayer
 from gradkern.rollback._report import write_report
 from gradkern.rollback._rewind import State, StatefulOptimizer, choose_step, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
+from gradkern.rollback._self_test import SelfTest, choose_subsets, require_sound, run_self_test, untested
 from gradkern.rollback._shards import open_store
 from gradkern.rollback._sketches import Sketches, open_sketches, write_sketches
 from gradkern.rollback._store import StoreReader
 from gradkern.rollback._undo import Undone, apply_change, propagate
-from gradkern.rollback._verify import Check, VerifyReport, compression
+from gradkern.rollback._verify import Check, VerifyReport, compression, conservation_checks
 
 __all__ = ["Ledger", "open_ledger"]
 
@@ -171,8 +172,10 @@ class Ledger:
         found = self._score(model, [query], loss_fn, estimator, mode, replay)
         # Stable: of equal scores the smaller id comes first, whatever k is.
         scores, positions = found.scores[0].sort(descending=True, stable=True)
-        best = zip(found.ids[positions[:k]].tolist(), scores[:k].tolist(), strict=True)
-        return [Influence(id, score) for id, score in best]
+        best = positions[:k]
+        errors = torch.full_like(scores, torch.nan) if found.errors is None else found.errors[0]
+        triples = zip(found.ids[best].tolist(), scores[:k].tolist(), errors[best].tolist(), strict=True)
+        return [Influence(id, score, error) for id, score, error in triples]
 
     def scores(
         self,
@@ -203,7 +206,7 @@ class Ledger:
         """
         if not isinstance(query, list):
             found = self._score(model, [query], loss_fn, estimator, mode, replay)
-            return Scores(found.ids, found.scores[0])
+            return Scores(found.ids, found.scores[0], None if found.errors is None else found.errors[0])
         if not query:
             raise ValueError("scores: the list of queries is empty, expected at least one batch")
         return self._score(model, query, loss_fn, estimator, mode, replay)
@@ -470,7 +473,7 @@ class Ledger:
         found = check_files(self._store)
         checks, files = list(found.checks), found.checks[0]
         if model is not None and self.complete and files.passed:
-            checks += self._check_conservation(model)
+            checks += conservation_checks(self.conservation(model), self._layout.parameters, self.steps)
         else:
             reason = (
                 "pass the trained model to check it"
@@ -482,30 +485,76 @@ class Ledger:
             checks.append(Check("conservation", None, None, None, reason))
         return VerifyReport(tuple(checks), compression(self._layout, found.fidelity))
 
-    def _check_conservation(self, model: nn.Module) -> list[Check]:
-        found = self.conservation(model)
-        unowned = [info.name for info in self._layout.parameters if not info.owned]
-        residual = (
-            f"; {found.unowned_share:.1%} of all movement is outside it, in unowned {', '.join(unowned)}"
-            if unowned
-            else ""
-        )
-        return [
-            Check(
-                "conservation",
-                found.error <= found.bound,
-                found.error,
-                found.bound,
-                f"sum of all recorded changes against the real one after {self.steps} steps{residual}",
-            ),
-            Check(
-                "conservation by parameter",
-                found.worst_ratio <= 1.0,
-                found.worst_ratio,
-                1.0,
-                f"largest error over what rounding allows, at {found.worst_parameter or 'no parameter'}",
-            ),
-        ]
+    def self_test(
+        self,
+        model: nn.Module,
+        queries: list[Batch],
+        *,
+        replay: Replay,
+        loss_fn: LossFn | None = None,
+        estimator: str | None = None,
+        subsets: int | None = None,
+        share: float = 0.1,
+        seed: int = 0,
+        least_cosine: float = 0.5,
+        least_lds: float = 0.3,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> SelfTest:
+        """Test explanations on the model and the data that they are about: by training again without some samples.
+
+        Checks the ledger as :meth:`verify` does, how well its records stand for exact gradients, and whether scores
+        foretell retraining: random subsets of samples are left out of the training, in the sense of ``undo``, and the
+        losses of the models that come out are compared with the sums of the scores of what was left out, by the *linear
+        datamodeling score*: the mean over queries of Spearman's rank correlation over subsets. 0 is chance, 1 a perfect
+        order.
+
+        Models are trained together, in stacks of 256 MiB, where ``torch.func.vmap`` can run the model and ``loss_fn``
+        and the optimizer is gradkern's ``AdamW``, ``Adam`` or ``SGD`` in fp32 on the CPU, clipping by ``max_norm`` or
+        not at all; the first is also trained alone, and their losses must be closer than 5 % of what leaving its
+        samples out changed. Otherwise fewer of them are trained one by one, and the report says why.
+
+        Args:
+            model: The trained model, with the parameters it had when recording ended; left as it is.
+            queries: Batches, best of data that was held out.
+            replay: How to train, of a ledger recorded with ``replayable=True``.
+            loss_fn: Of the queries; None takes that of ``replay``.
+            estimator: Whose scores are tested; see :meth:`explain`.
+            subsets: Models to train, at least 10; None takes 200, or 25 where they are trained one by one.
+            share: Of the samples that each does without.
+            seed: Of the draw of subsets.
+            least_cosine: Mean cosine of records and exact gradients that passes. Compression throws away what matters
+                little as well, so that 0.5 is a bound for the grossly wrong.
+            least_lds: What the lower end of the 95 % interval of the linear datamodeling score must reach. The interval
+                is that of the draw of subsets alone, by the jackknife. On an MLP of 6,570 parameters trained on digits
+                ``"ref"`` had 0.52 to 0.68 by share, ``"direct"`` 0.20 to 0.30.
+            progress: Called with the number of steps made and of all; the latter changes once it is known whether
+                models can be trained together.
+
+        Returns:
+            The report. Damaged files, a broken law, an estimator that refuses the run as unstable and models that
+            diverge are checks that did not pass, not exceptions.
+
+        Raises:
+            ValueError: ``queries`` are empty, a number is out of range, or there is no such estimator.
+            LedgerError: ``model`` is another model or has other parameter values, the ledger was recorded without
+                ``replayable=True``, lacks what the estimator needs, or ``replay`` gives other parameters than were
+                recorded.
+        """
+        require_sound(queries, subsets, share)
+        given = replay if needs_replay(estimator, "run") else None
+        loss_fn = replay.loss_fn if loss_fn is None else loss_fn
+        replayer = Replayer(self._store, model, replay, otherwise="verify(), which trains nothing")
+        report = self.verify(model)
+        least = (least_cosine, least_lds)
+        if not all(check.passed for check in report.checks[:2]):
+            return untested(report, *least, "the ledger is damaged", passed=None)
+        left_out = choose_subsets(len(recorded_ids(self._store)), subsets, share, seed)
+        try:
+            scores = self._score(model, queries, loss_fn, estimator, "run", given)
+        except UnstableInfluenceError as error:
+            return untested(report, *least, str(error), passed=False)
+        told = progress or _untold
+        return run_self_test(report, *least, scores, left_out, subsets, replayer, queries, loss_fn, told)
 
     def _require_recorded_values(self, parameters: tuple[nn.Parameter, ...]) -> None:
         """Influence is about the parameters that the recorded steps ended with, and no others."""

@@ -37,7 +37,9 @@ __all__ = ["metagradient"]
 _MOST_BETWEEN_ROWS = 1e-5
 
 
-def metagradient(model: nn.Module, gradients: Mapping[str, Tensor], replayer: Replayer) -> tuple[Tensor, Tensor]:
+def metagradient(
+    model: nn.Module, gradients: Mapping[str, Tensor], replayer: Replayer
+) -> tuple[Tensor, Tensor, Tensor]:
     """Score every recorded sample.
 
     Args:
@@ -46,7 +48,8 @@ def metagradient(model: nn.Module, gradients: Mapping[str, Tensor], replayer: Re
         replayer: Of the training.
 
     Returns:
-        The different sample ids, ascending, and scores of shape ``(queries, samples)``, fp64.
+        The different sample ids, ascending, scores of shape ``(queries, samples)``, fp64, and their errors, likewise;
+        see :func:`gradkern.rollback._sweep.collect_scores`.
 
     Raises:
         LedgerError: The training cannot be differentiated, or running it again gave something else.
@@ -63,7 +66,7 @@ def metagradient(model: nn.Module, gradients: Mapping[str, Tensor], replayer: Re
     queries = len(next(iter(gradients.values())))
     sweep = _Metagradient(model, gradients, step)
     visits = [part for start in Trajectory(replayer).backwards() for part in sweep.through(start)]
-    ids, scores = collect_scores(visits, queries)
+    ids, scores, errors = collect_scores(visits, queries)
     is_finite = scores.isfinite().all(dim=1)
     if not bool(is_finite.all()):
         raise UnstableInfluenceError(
@@ -71,7 +74,7 @@ def metagradient(model: nn.Module, gradients: Mapping[str, Tensor], replayer: Re
             f"too sensitive to its samples' weights; use estimator='gauss_newton'",
             growth=tuple(sweep.growth().tolist()),
         )
-    return ids, scores
+    return ids, scores, errors
 
 
 class _Metagradient:

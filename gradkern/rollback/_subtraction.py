@@ -22,7 +22,7 @@ from gradkern.errors import UnstableInfluenceError
 from gradkern.loss import Batch, LossFn, compute_loss
 from gradkern.rollback._deltas import Deltas
 
-__all__ = ["subtract_each"]
+__all__ = ["StackedLosses", "subtract_each"]
 
 # Models that are evaluated at a time: by their parameters, and at most so many, for activations are not counted.
 _MODELS_BYTES = 1 << 26
@@ -53,7 +53,7 @@ def subtract_each(
     Raises:
         UnstableInfluenceError: A loss is not finite.
     """
-    losses = [_Losses(model, query, loss_fn) for query in queries]
+    losses = [StackedLosses(model, query, loss_fn) for query in queries]
     size = sum(parameter.nbytes for _, parameter in owned.values())
     at_once = max(1, min(_MOST_MODELS, _MODELS_BYTES // max(1, size)))
     ids = [torch.empty(0, dtype=torch.int64)]
@@ -74,7 +74,7 @@ def subtract_each(
     return torch.cat(ids), result
 
 
-class _Losses:
+class StackedLosses:
     """The losses that a model has on a query with several sets of parameters."""
 
     def __init__(self, model: nn.Module, query: Batch, loss_fn: LossFn | None) -> None:

@@ -56,12 +56,14 @@ class Swept:
         ids: The different sample ids, ascending, int64, shape ``(samples,)``.
         scores: How much each function would rise had a sample's steps not been taken, fp64, shape
             ``(functions, samples)``.
+        errors: Of the scores, see :func:`collect_scores`.
         growth: ``‖λ‖`` at the first step over that at the last, shape ``(functions,)``, well above 1 where the sweep
             has gone wild; 0 for a function without a gradient.
     """
 
     ids: Tensor
     scores: Tensor
+    errors: Tensor
     growth: Tensor
 
 
@@ -130,24 +132,33 @@ def sweep(
     adjoint = Adjoint(layout, gradients, curvature)
     start = adjoint.norms()
     visits = [(segment.visit_ids, adjoint.through(segment)) for segment in segments]
-    ids, scores = collect_scores(visits, len(start))
-    return Swept(ids, scores, torch.where(start == 0.0, 0.0, adjoint.norms() / start))
+    return Swept(*collect_scores(visits, len(start)), torch.where(start == 0.0, 0.0, adjoint.norms() / start))
 
 
-def collect_scores(visits: Sequence[tuple[Tensor, Tensor]], functions: int) -> tuple[Tensor, Tensor]:
+def collect_scores(visits: Sequence[tuple[Tensor, Tensor]], functions: int) -> tuple[Tensor, Tensor, Tensor]:
     """Add up the scores of visits by sample.
+
+    With ``c`` the scores of a sample's ``n`` visits, the error is ``sqrt(n / (n - 1) * Σ (c - mean(c))²)``. Drawing
+    ``n`` of them with replacement, again and again, gives sums whose standard deviation tends to the root of
+    ``Σ (c - mean(c))²`` exactly; the factor makes up for the mean having been taken of the same few visits (Efron and
+    Tibshirani, "An introduction to the bootstrap", 1993).
 
     Args:
         visits: Sample ids, shape ``(n,)``, with scores of shape ``(functions, n)``, fp64.
         functions: Their number.
 
     Returns:
-        The different ids, ascending, and the scores of each, shape ``(functions, samples)``.
+        The different ids, ascending, the scores of each, shape ``(functions, samples)``, and their errors, likewise;
+        NaN for a sample that was visited once.
     """
     all_ids = torch.cat([torch.empty(0, dtype=torch.int64), *(ids for ids, _ in visits)])
     all_scores = torch.cat([torch.empty(functions, 0, dtype=torch.float64), *(scores for _, scores in visits)], dim=1)
-    ids, positions = torch.unique(all_ids, return_inverse=True)
-    return ids, torch.zeros(functions, len(ids), dtype=torch.float64).index_add_(1, positions, all_scores)
+    ids, positions, counts = torch.unique(all_ids, return_inverse=True, return_counts=True)
+    scores = torch.zeros(functions, len(ids), dtype=torch.float64).index_add_(1, positions, all_scores)
+    squares = torch.zeros_like(scores).index_add_(1, positions, all_scores.square_())
+    # What cancels here is below the rounding of the visits' scores, which were fp32.
+    spread = (counts * squares - scores.square()).clamp_min_(0.0)
+    return ids, scores, (spread / (counts - 1)).sqrt_()
 
 
 def norms(parts: Iterable[Tensor]) -> Tensor:

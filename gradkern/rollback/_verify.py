@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gradkern.rollback._layout import Layout
+from gradkern.rollback._conservation import Balance
+from gradkern.rollback._layout import Layout, ParameterInfo
 
-__all__ = ["Check", "Compression", "VerifyReport", "compression"]
+__all__ = ["Check", "Compression", "VerifyReport", "compression", "conservation_checks", "report_lines"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Check:
         value: The measured number; None when it could not be run.
         limit: The largest value that passes; None for numbers that are only reported.
         detail: One sentence for a person.
+        least: The smallest value that passes; None where small is good.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Check:
     value: float | None
     limit: float | None
     detail: str
+    least: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,7 @@ class VerifyReport:
         return all(check.passed is True for check in self.checks)
 
     def __str__(self) -> str:
-        marks = {True: "pass", False: "FAIL", None: "not run"}
-        lines = [f"ledger verification: {marks[self.passed]}"]
-        for check in self.checks:
-            value = "" if check.value is None else f" {check.value:.3g}"
-            limit = "" if check.limit is None else f" (limit {check.limit:.3g})"
-            lines.append(f"  [{marks[check.passed]}] {check.name}:{value}{limit} {check.detail}")
+        lines = report_lines("ledger verification", self.passed, self.checks)
         if self.compression:
             worst = min(self.compression, key=lambda entry: entry.cosine)
             mean = sum(entry.cosine for entry in self.compression) / len(self.compression)
@@ -83,6 +81,18 @@ class VerifyReport:
                 f"{worst.cosine:.3f} at {worst.layer} ({worst.parameter})"
             )
         return "\n".join(lines)
+
+
+def report_lines(title: str, passed: bool, checks: Sequence[Check]) -> list[str]:
+    """A verdict and its checks, for a person."""
+    marks = {True: "pass", False: "FAIL", None: "not run"}
+    lines = [f"{title}: {marks[passed]}"]
+    for check in checks:
+        value = "" if check.value is None else f" {check.value:.3g}"
+        limit = "" if check.limit is None else f" (limit {check.limit:.3g})"
+        least = "" if check.least is None else f" (at least {check.least:.3g})"
+        lines.append(f"  [{marks[check.passed]}] {check.name}:{value}{limit}{least} {check.detail}")
+    return lines
 
 
 def compression(layout: Layout, fidelity: torch.Tensor) -> tuple[Compression, ...]:
@@ -113,3 +123,27 @@ def _grouped(fidelity: torch.Tensor) -> dict[int, list[list[float]]]:
     for row in fidelity.tolist():
         grouped.setdefault(int(row[0]), []).append(row)
     return grouped
+
+
+def conservation_checks(found: Balance, parameters: Sequence[ParameterInfo], steps: int) -> list[Check]:
+    """What the conservation law says after ``steps`` steps, of all parameters together and of the worst one."""
+    unowned = [info.name for info in parameters if not info.owned]
+    residual = (
+        f"; {found.unowned_share:.1%} of all movement is outside it, in unowned {', '.join(unowned)}" if unowned else ""
+    )
+    return [
+        Check(
+            "conservation",
+            found.error <= found.bound,
+            found.error,
+            found.bound,
+            f"sum of all recorded changes against the real one after {steps} steps{residual}",
+        ),
+        Check(
+            "conservation by parameter",
+            found.worst_ratio <= 1.0,
+            found.worst_ratio,
+            1.0,
+            f"largest error over what rounding allows, at {found.worst_parameter or 'no parameter'}",
+        ),
+    ]
