@@ -79,7 +79,7 @@ class Intake:
         is_declared: See :func:`~gradkern.rollback._curvature.measure_bends`.
 
     Attributes:
-        paused: See :class:`gradkern.rollback._capture.Sink`.
+        paused: See :class:`gradkern.rollback._sink.Sink`.
         scale: Of the loss, see :func:`~gradkern.rollback._curvature.measure_bends`.
     """
 
@@ -147,7 +147,7 @@ class Intake:
         return self._visits.nbytes() + sum(start.nbytes for start in self._starts.values())
 
     def expand_shared(self, layer: OwnedLayer, output: Tensor, ids: Tensor) -> Tensor:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if self._ids is None:
             if layer.shared_input:
                 raise LedgerError(
@@ -168,17 +168,18 @@ class Intake:
         layer: OwnedLayer,
         rows: Tensor,
         columns: Tensor,
-        weight_grad: Tensor,
+        weight_grad: Tensor | None,
         bias_grad: Tensor | None = None,
     ) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if layer.weight is None:
             if bias_grad is not None:
                 self.take_bias(layer, rows, bias_grad)
             return
         self._visit_numbers(layer)
         # At once: the tensors may become the parameters' gradients, which others add to.
-        self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
+        if weight_grad is not None:
+            self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
         if bias_grad is not None and layer.bias is not None:
             self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
         matrix = _Matrix(
@@ -259,39 +260,56 @@ class Intake:
                 self._visits.comparisons.append((stream, Comparison.of(record, rows)))
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+        """See :class:`gradkern.rollback._sink.Sink`."""
         logits, grad = self._per_sample(layer, logits), self._per_sample(layer, grad)
         bends, self.scale = measure_bends(logits, grad, scale=self.scale, is_declared=self._is_declared)
         self._visits.bends.append((self._visit_numbers(layer), bends))
 
-    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+    def take_gradient(self, layer: OwnedLayer, gradient: Tensor, *, of_weight: bool) -> None:
+        """See :class:`gradkern.rollback._sink.Sink`."""
+        stream = layer.weight if of_weight else layer.bias
+        if stream is not None:
+            self._require_ids(layer)
+            self._shadows.add_gradient(self._streams[stream].parameter, gradient)
+
+    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor | None) -> None:
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if layer.bias is None:
             return
         # Not the sum over samples: an attention key's bias has a gradient of zero up to rounding, which Adam scales to
         # full steps; only the same rounding leads to the same parameter.
-        self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
+        if bias_grad is not None:
+            self._shadows.add_gradient(self._streams[layer.bias].parameter, bias_grad)
         rows = self._per_sample(layer, grad)
         self._add_vector(layer.bias, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
-    def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+    def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor | None) -> None:
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if layer.weight is None:
             return
         rows = self._per_sample(layer, grads.flatten(1))
-        self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
+        if weight_grad is not None:
+            self._shadows.add_gradient(self._streams[layer.weight].parameter, weight_grad)
         self._add_vector(layer.weight, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
-    def take_norm(self, layer: OwnedLayer, normalised: Tensor, grad: Tensor) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+    def take_norm(
+        self,
+        layer: OwnedLayer,
+        normalised: Tensor,
+        grad: Tensor,
+        weight_grad: Tensor | None = None,
+        bias_grad: Tensor | None = None,
+    ) -> None:
+        """See :class:`gradkern.rollback._sink.Sink`."""
         grad, normalised = self._per_sample(layer, grad), self._per_sample(layer, normalised)
-        for stream, rows in ((layer.weight, grad * normalised), (layer.bias, grad)):
+        for stream, rows, given in ((layer.weight, grad * normalised, weight_grad), (layer.bias, grad, bias_grad)):
             if stream is not None:
-                self._shadows.add_gradient(self._streams[stream].parameter, rows.sum(dim=1).sum(dim=0))
+                total = rows.sum(dim=1).sum(dim=0) if given is None else given
+                self._shadows.add_gradient(self._streams[stream].parameter, total)
                 self._add_vector(stream, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
     def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if layer.weight is None:
             return
         ids, grad = self._per_sample_rows(layer, ids, grad)

@@ -52,6 +52,21 @@ def gpt2(layers: int = 2, width: int = 24, length: int = 12, vocabulary: int = 3
     )
 
 
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        loss_type="ForCausalLM",
+    )
+    return LlamaForCausalLM(config)
+
+
 def token_loss(output: Any, ids: torch.Tensor) -> torch.Tensor:
     """Next-token loss for both models."""
     logits = getattr(output, "logits", output)
