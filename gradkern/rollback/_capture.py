@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradkern.errors import LedgerError
+from gradkern.rollback._attention import TimeFirst, attend
 from gradkern.rollback._autocast import autocast_linear, autocast_product, norm_input
 from gradkern.rollback._ownership import LayerKind, OwnedLayer
 from gradkern.rollback._sink import Sink
@@ -38,13 +39,15 @@ def captured(layers: Sequence[OwnedLayer], sink: Sink) -> Iterator[None]:
     Only the instances' ``forward`` attribute is set and removed again; types, parameters, hooks and
     ``state_dict`` keys stay. A deep copy made meanwhile runs as an ordinary model.
     """
-    by_module = {layer.module: layer for layer in layers}
+    by_module: dict[nn.Module, tuple[OwnedLayer, Any]] = {
+        layer.module: (layer, TimeFirst(sink) if layer.is_time_first else sink) for layer in layers
+    }
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        layer = by_module.get(module)
+        layer, to = by_module.get(module, (None, sink))
         if layer is None or sink.paused or not torch.is_grad_enabled():
             return type(module).forward(module, *args, **kwargs)
-        return _FORWARDS[layer.kind](layer, sink, *args, **kwargs)
+        return _FORWARDS[layer.kind](layer, to, *args, **kwargs)
 
     for layer in layers:
         # A bound method, so that deepcopy binds the copy's forward to the copy.
@@ -62,6 +65,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, layer: OwnedLayer, sink: Sink) -> Tensor:
         ctx.layer, ctx.sink = layer, sink
+        # Of such inputs torch adds the bias by itself, and so adds up the gradient as it is laid out.
+        ctx.is_bias_apart = input.dim() > 2 and not input.is_contiguous()
         if layer.is_output:
             # To compute the logits once more in backward: held until then they would be as large as all else together.
             ctx.save_for_backward(input, weight, bias)
@@ -82,7 +87,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             weight_grad = flat.t() @ input.reshape(-1, input.shape[-1])
         if ctx.needs_input_grad[2]:
-            bias_grad = flat.sum(0)
+            bias_grad = grad.sum(list(range(grad.dim() - 1))) if ctx.is_bias_apart else flat.sum(0)
         if weight_grad is not None:
             ctx.sink.take_matrix(ctx.layer, grad, input, weight_grad, bias_grad)
         elif bias_grad is not None:
@@ -458,6 +463,17 @@ def _autocast_convolution(layer: OwnedLayer, sink: Sink, input: Tensor, padding:
     return autocast_product(layer, sink, input, compute, take)
 
 
+def _attention(layer: OwnedLayer, sink: Sink, *args: Any, **kwargs: Any) -> Any:
+    return attend(layer, sink, _project, *args, **kwargs)
+
+
+def _project(part: OwnedLayer, sink: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type):
+        return autocast_linear(part, sink, input, weight, bias)
+    output: Tensor = _apply(_Linear, input, weight, bias, part, sink)
+    return output
+
+
 _FORWARDS: dict[LayerKind, Callable[..., Any]] = {
     LayerKind.LINEAR: _linear,
     LayerKind.CONV1D: _conv1d,
@@ -466,6 +482,7 @@ _FORWARDS: dict[LayerKind, Callable[..., Any]] = {
     LayerKind.RMS_NORM: _rms_norm,
     LayerKind.GROUP_NORM: _group_norm,
     LayerKind.CONVOLUTION: _convolution,
+    LayerKind.ATTENTION: _attention,
 }
 
 
