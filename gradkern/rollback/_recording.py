@@ -73,10 +73,11 @@ def record(
             of the first time.
 
     Note:
-        Inputs of recorded layers, but for those of torch's attention and Transformers, must be sample-major: dimension
-        0 is the micro-batch, or the rows of the first sample come first, then those of the second. Time-major inputs
-        whose length equals the batch size cannot be told apart by shape and would be credited to the wrong samples without an error. Clip with the optimizer's
-        ``max_norm=``, not ``clip_grad_norm_``: what is edited after backward was not recorded.
+        Inputs of recorded layers, but for those of torch's attention and Transformers, must be sample-major:
+        dimension 0 is the micro-batch, or the rows of the first sample come first, then those of the second.
+        Time-major inputs whose length equals the batch size cannot be told apart by shape and would be credited to
+        the wrong samples without an error. Clip with the optimizer's ``max_norm=``, not ``clip_grad_norm_``: what is
+        edited after backward was not recorded.
 
     Raises:
         LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already. With

@@ -59,8 +59,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("low", [None, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
+IN_BF16 = ["self", "self, time first", "self, causal", "two sources", "three sources of two widths"]
+
+
+@pytest.mark.parametrize(
+    ("name", "low"), [(name, None) for name in CASES] + [(name, torch.bfloat16) for name in IN_BF16]
+)
 def test_gradients_have_the_bits_of_torch_and_split_into_samples(name, low, tmp_path):
     options, call = CASES[name]
     causal = nn.Transformer.generate_square_subsequent_mask(LENGTH)
