@@ -89,7 +89,7 @@ def autocast_product(
     kept = _Kept() if has_weight and _are_packed() else None
     if places is not None:
         _watch(product, layer, sink, output.shape, take, kept, places)
-    elif layer.weight is not None or adding is None:
+    elif layer.weight is not None or (layer.bias is not None and adding is None):
         raise LedgerError(
             f"record: layer {layer.name!r} was computed under autocast by {product}, expected one of "
             f"{', '.join(_PRODUCTS)}; run it in fp32 (torch.autocast(enabled=False)), or exclude it with "

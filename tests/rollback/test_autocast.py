@@ -56,6 +56,7 @@ LAYERS = {
     "linear, bias frozen": (lambda: linear(6, 7, frozen=["bias"]), (5, 3, 6)),
     "linear, not contiguous": (lambda: Transposed(linear(6, 7)), (5, 3, 6)),
     "linear, not contiguous, weight frozen": (lambda: Transposed(linear(6, 7, frozen=["weight"])), (5, 3, 6)),
+    "linear, not contiguous, frozen": (lambda: Transposed(linear(6, 7, frozen=["weight"], bias=False)), (5, 3, 6)),
     "conv1d of transformers": (lambda: conv1d(7, 6), (5, 3, 6)),
     "convolution": (lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1), (5, 2, 7, 6)),
     "convolution, reflected": (lambda: nn.Conv1d(2, 4, 3, padding=2, padding_mode="reflect"), (5, 2, 6)),
