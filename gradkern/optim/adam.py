@@ -74,7 +74,8 @@ class _AdamStep(FusedStepMixin):
         lr = float(group["lr"])
         scalars_at = cache(lambda step: adamw_scalars(numbers, 1.0, step, variant))
         for param, count, second_moment in zip(bucket.params, bucket.steps, moments, strict=True):
-            _, decay, grad_weight, _, _, inv_bias2_sqrt, eps, step_size = scalars_at(int(count))
+            # A first step that was skipped has not been counted, and has no bias correction.
+            _, decay, grad_weight, _, _, inv_bias2_sqrt, eps, step_size = scalars_at(max(1, int(count)))
             # By position: this runs for every parameter at every step.
             yield ParamStep(
                 param,

@@ -1,9 +1,9 @@
 """Takes per-sample factors out of backward: owned layers run through autograd functions of ours.
 
 Each function saves what autograd saves anyway for that layer and computes the same gradients with the same
-calls, so for fp32 they are bit-equal to the layer's own. In backward it also hands the layer's input and
-output gradient to a :class:`Sink`. Nothing is taken in forward: a recomputed layer (activation checkpointing)
-is seen once.
+calls, so for fp32 they are bit-equal to the layer's own. In backward it also hands the layer's input and output
+gradient to a :class:`~gradkern.rollback._sink.Sink`. Nothing is taken in forward: a recomputed layer (activation
+checkpointing) is seen once. Under autocast products are left to torch, see :mod:`gradkern.rollback._autocast`.
 
 A Linear or Conv1D mostly needs no function of ours: a hook on autograd's own node reads there what it saved, at a third
 of the time. Where hooks on saved tensors are active (checkpointing, offloading) a tensor may be unpacked only once, by
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import MethodType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,69 +24,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradkern.errors import LedgerError
+from gradkern.rollback._attention import TimeFirst, attend
+from gradkern.rollback._autocast import autocast_linear, autocast_product, norm_input
 from gradkern.rollback._ownership import LayerKind, OwnedLayer
+from gradkern.rollback._sink import Sink
 
-__all__ = ["Sink", "captured"]
-
-
-class Sink(Protocol):
-    """Receives what backward saw. Tensors are lent: a sink must not keep or change them.
-
-    Attributes:
-        paused: While True, layers run as if they were not captured.
-    """
-
-    paused: bool
-
-    def expand_shared(self, layer: OwnedLayer, output: Tensor, ids: Tensor) -> Tensor:
-        """Give an embedding's output one row per sample if its ids are shared by all samples."""
-        ...
-
-    def take_matrix(
-        self,
-        layer: OwnedLayer,
-        rows: Tensor,
-        columns: Tensor,
-        weight_grad: Tensor,
-        bias_grad: Tensor | None = None,
-        is_transposed: bool = False,
-    ) -> None:
-        """Take a Linear's, Conv1D's or convolution's factors.
-
-        Args:
-            layer: The layer.
-            rows: The factor along the weight's dimension 0, shape ``(..., weight.shape[0])``.
-            columns: The factor along its dimension 1, shape ``(..., weight.shape[1])``.
-            weight_grad: ``rowsᵀ @ columns`` over all tokens, as it goes to the parameter.
-            bias_grad: The sum of ``rows`` over all tokens, where that is what goes to a bias.
-            is_transposed: Whether ``weight_grad`` is the transpose of that.
-        """
-        ...
-
-    def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
-        """Take what the output layer gave and its gradient, shape ``(..., classes)``, before its factors."""
-        ...
-
-    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
-        """Take a Linear's or Conv1D's output gradient and its sum over all tokens."""
-        ...
-
-    def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
-        """Take an embedding's ids and output gradient, shape ``(*ids.shape, columns)`` or ``(B, ...)``."""
-        ...
-
-    def take_norm(
-        self, layer: OwnedLayer, normalised: Tensor, grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None
-    ) -> None:
-        """Take a norm's normalised input and output gradient, features flattened to one dimension, the last.
-
-        And what goes to its parameters; None for one that is not trained.
-        """
-        ...
-
-    def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor) -> None:
-        """Take a grouped convolution's gradients of every row of the input, and their sum."""
-        ...
+__all__ = ["captured"]
 
 
 @contextmanager
@@ -96,13 +39,15 @@ def captured(layers: Sequence[OwnedLayer], sink: Sink) -> Iterator[None]:
     Only the instances' ``forward`` attribute is set and removed again; types, parameters, hooks and
     ``state_dict`` keys stay. A deep copy made meanwhile runs as an ordinary model.
     """
-    by_module = {layer.module: layer for layer in layers}
+    by_module: dict[nn.Module, tuple[OwnedLayer, Any]] = {
+        layer.module: (layer, TimeFirst(sink) if layer.is_time_first else sink) for layer in layers
+    }
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        layer = by_module.get(module)
+        layer, to = by_module.get(module, (None, sink))
         if layer is None or sink.paused or not torch.is_grad_enabled():
             return type(module).forward(module, *args, **kwargs)
-        return _FORWARDS[layer.kind](layer, sink, *args, **kwargs)
+        return _FORWARDS[layer.kind](layer, to, *args, **kwargs)
 
     for layer in layers:
         # A bound method, so that deepcopy binds the copy's forward to the copy.
@@ -120,6 +65,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, layer: OwnedLayer, sink: Sink) -> Tensor:
         ctx.layer, ctx.sink = layer, sink
+        # Of such inputs torch adds the bias by itself, and so adds up the gradient as it is laid out.
+        ctx.is_bias_apart = input.dim() > 2 and not input.is_contiguous()
         if layer.is_output:
             # To compute the logits once more in backward: held until then they would be as large as all else together.
             ctx.save_for_backward(input, weight, bias)
@@ -140,7 +87,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             weight_grad = flat.t() @ input.reshape(-1, input.shape[-1])
         if ctx.needs_input_grad[2]:
-            bias_grad = flat.sum(0)
+            bias_grad = grad.sum(list(range(grad.dim() - 1))) if ctx.is_bias_apart else flat.sum(0)
         if weight_grad is not None:
             ctx.sink.take_matrix(ctx.layer, grad, input, weight_grad, bias_grad)
         elif bias_grad is not None:
@@ -375,15 +322,29 @@ class _Convolution(torch.autograd.Function):
         grads = torch.ops.aten.convolution_backward(grad, input, weight, sizes, *ctx.geometry, module.groups, needs)
         rows = grad.flatten(2).transpose(1, 2)
         if needs[1]:
-            columns = _windows(input, module.kernel_size, module.stride, ctx.padding, module.dilation)
-            if module.groups == 1:
-                ctx.sink.take_matrix(ctx.layer, rows, columns.flatten(2), grads[1], grads[2])
-                return *grads, None, None, None
-            grouped = rows.unflatten(2, (module.groups, -1)), columns.unflatten(2, (module.groups, -1)).flatten(3)
-            ctx.sink.take_vectors(ctx.layer, torch.einsum("nlgo,nlgk->ngok", *grouped), grads[1])
-        if needs[2]:
+            _take_windows(ctx.layer, ctx.sink, ctx.padding, input, rows, grads[1], grads[2])
+        if needs[2] and not (needs[1] and module.groups == 1):
             ctx.sink.take_bias(ctx.layer, rows, grads[2])
         return *grads, None, None, None
+
+
+def _take_windows(
+    layer: OwnedLayer,
+    sink: Sink,
+    padding: Sequence[int],
+    input: Tensor,
+    rows: Tensor,
+    weight_grad: Tensor | None,
+    bias_grad: Tensor | None,
+) -> None:
+    """Hand over what a convolution's weight gets; in one group with ``bias_grad``, where there is one."""
+    module: Any = layer.module
+    columns = _windows(input, module.kernel_size, module.stride, padding, module.dilation)
+    if module.groups == 1:
+        sink.take_matrix(layer, rows, columns.flatten(2), weight_grad, bias_grad)
+        return
+    grouped = rows.unflatten(2, (module.groups, -1)), columns.unflatten(2, (module.groups, -1)).flatten(3)
+    sink.take_vectors(layer, torch.einsum("nlgo,nlgk->ngok", *grouped), weight_grad)
 
 
 def _windows(
@@ -404,10 +365,11 @@ def _factors(ctx: Any, input: Tensor, weight: Tensor) -> tuple[Tensor | None, Te
 
 
 def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
-    _forbid_autocast(layer, input)
     # Not through nn.Module's attributes, which take longer than all else here.
     parameters = layer.module._parameters
     weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
+    if torch.is_autocast_enabled(input.device.type):
+        return autocast_linear(layer, sink, input, weight, bias)
     # Of other inputs torch adds the bias by itself, which is another node.
     if _can_watch(weight, bias) and (bias is None or input.dim() == 2 or input.is_contiguous()):
         output = F.linear(input, weight, bias)
@@ -417,8 +379,16 @@ def _linear(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
 
 
 def _conv1d(layer: OwnedLayer, sink: Sink, x: Tensor) -> Any:
-    _forbid_autocast(layer, x)
     module: Any = layer.module
+    if torch.is_autocast_enabled(x.device.type):
+
+        def take(grad: Tensor, input: Tensor | None, has_weight: bool, has_bias: bool) -> None:
+            if has_weight and input is not None:
+                sink.take_matrix(layer, input.float(), grad.float(), None)
+            if has_bias:
+                sink.take_bias(layer, grad.float(), None)
+
+        return autocast_product(layer, sink, x, lambda lowered: type(module).forward(module, lowered), take)
     if _can_watch(module.weight, module.bias):
         output: Tensor = type(module).forward(module, x)
         if _watch(layer, sink, output, module.weight, module.bias):
@@ -432,26 +402,29 @@ def _embedding(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
 
 
 def _layer_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
-    _forbid_autocast(layer, input)
     module = layer.module
+    input = norm_input(layer.kind, input)
     return _apply(_LayerNorm, input, module.weight, module.bias, module.normalized_shape, module.eps, layer, sink)
 
 
 def _rms_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
-    _forbid_autocast(layer, input)
     module: Any = layer.module
-    eps = module.eps if isinstance(module, nn.RMSNorm) else module.variance_epsilon
-    return _apply(_Scale, F.rms_norm(input, module.weight.shape, None, eps), module.weight, layer, sink)
+    if isinstance(module, nn.RMSNorm):
+        input = norm_input(layer.kind, input)
+        normalised = F.rms_norm(input.float(), module.weight.shape, None, module.eps)
+        return _apply(_Scale, normalised, module.weight, layer, sink).type_as(input)
+    # Those of transformers round to the input's precision before they scale.
+    normalised = F.rms_norm(input.float(), module.weight.shape, None, module.variance_epsilon).type_as(input)
+    return _apply(_Scale, normalised, module.weight, layer, sink)
 
 
 def _group_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
-    _forbid_autocast(layer, input)
     module = layer.module
+    input = norm_input(layer.kind, input)
     return _apply(_GroupNorm, input, module.weight, module.bias, module.num_groups, module.eps, layer, sink)
 
 
 def _convolution(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
-    _forbid_autocast(layer, input)
     module: Any = layer.module
     if input.dim() != 2 + len(module.kernel_size):
         raise LedgerError(
@@ -466,7 +439,40 @@ def _convolution(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
     elif any(before != after for before, after in sides):
         # Of "same" padding one side may be longer, which torch, too, adds to a copy of the input.
         input = F.pad(input, [each - min(pair) for pair in sides for each in pair])
+    if torch.is_autocast_enabled(input.device.type):
+        return _autocast_convolution(layer, sink, input, padding)
     return _apply(_Convolution, input, module.weight, module.bias, padding, layer, sink)
+
+
+def _autocast_convolution(layer: OwnedLayer, sink: Sink, input: Tensor, padding: Sequence[int]) -> Tensor:
+    module: Any = layer.module
+    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
+
+    def compute(lowered: Tensor) -> Tensor:
+        output: Tensor = convolve(
+            lowered, module.weight, module.bias, module.stride, padding, module.dilation, module.groups
+        )
+        return output
+
+    def take(grad: Tensor, input: Tensor | None, has_weight: bool, has_bias: bool) -> None:
+        rows = grad.float().flatten(2).transpose(1, 2)
+        if has_weight and input is not None:
+            _take_windows(layer, sink, padding, input.float(), rows, None, None)
+        if has_bias:
+            sink.take_bias(layer, rows, None)
+
+    return autocast_product(layer, sink, input, compute, take)
+
+
+def _attention(layer: OwnedLayer, sink: Sink, *args: Any, **kwargs: Any) -> Any:
+    return attend(layer, sink, _project, *args, **kwargs)
+
+
+def _project(part: OwnedLayer, sink: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type):
+        return autocast_linear(part, sink, input, weight, bias)
+    output: Tensor = _apply(_Linear, input, weight, bias, part, sink)
+    return output
 
 
 _FORWARDS: dict[LayerKind, Callable[..., Any]] = {
@@ -477,17 +483,10 @@ _FORWARDS: dict[LayerKind, Callable[..., Any]] = {
     LayerKind.RMS_NORM: _rms_norm,
     LayerKind.GROUP_NORM: _group_norm,
     LayerKind.CONVOLUTION: _convolution,
+    LayerKind.ATTENTION: _attention,
 }
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """The one place that calls what torch leaves untyped."""
     return function.apply(*args)
-
-
-def _forbid_autocast(layer: OwnedLayer, input: Tensor) -> None:
-    if torch.is_autocast_enabled(input.device.type):
-        raise RuntimeError(
-            f"record: layer {layer.name!r} ran under autocast, which recording does not support; train in "
-            f"fp32 while recording"
-        )

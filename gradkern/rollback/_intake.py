@@ -96,7 +96,7 @@ class Intake:
         is_declared: See :func:`~gradkern.rollback._curvature.measure_bends`.
 
     Attributes:
-        paused: See :class:`gradkern.rollback._capture.Sink`.
+        paused: See :class:`gradkern.rollback._sink.Sink`.
         scale: Of the loss, see :func:`~gradkern.rollback._curvature.measure_bends`.
     """
 
@@ -173,7 +173,7 @@ class Intake:
         return self._visits.nbytes() + sum(start.nbytes for start in self._starts.values())
 
     def expand_shared(self, layer: OwnedLayer, output: Tensor, ids: Tensor) -> Tensor:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if self._ids is None:
             if layer.shared_input:
                 raise LedgerError(
@@ -194,17 +194,18 @@ class Intake:
         layer: OwnedLayer,
         rows: Tensor,
         columns: Tensor,
-        weight_grad: Tensor,
+        weight_grad: Tensor | None,
         bias_grad: Tensor | None = None,
         is_transposed: bool = False,
     ) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if layer.weight is None:
             if bias_grad is not None:
                 self.take_bias(layer, rows, bias_grad)
             return
         self._visit_numbers(layer)
-        self._add_later(layer.weight, weight_grad, is_transposed)
+        if weight_grad is not None:
+            self._add_later(layer.weight, weight_grad, is_transposed)
         has_bias = bias_grad is not None and layer.bias is not None
         if bias_grad is not None and layer.bias is not None:
             self._add_later(layer.bias, bias_grad)
@@ -219,6 +220,7 @@ class Intake:
                 height=rows.shape[-1],
                 width=columns.shape[-1],
             )
+        self._await_end()
         self._waiting.append(_Matrix(layer, shape, rows, columns))
         self._waiting_bytes += rows.nbytes + columns.nbytes
         if self._waiting_bytes > _MOST_WAITING:
@@ -226,12 +228,7 @@ class Intake:
 
     def _add_later(self, stream: int, gradient: Tensor, is_transposed: bool = False) -> None:
         """Add a gradient to the shadows with those that wait."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            # Another backward pass, perhaps inside one (reentrant checkpointing), which may add to what waits of that.
-            self._add_sums()
-            self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce_waiting)
+        self._await_end()
         number = self._streams[stream].parameter
         self._sums.append(_Sum(number, gradient, is_transposed, gradient._version))
         self._waiting_bytes += gradient.nbytes
@@ -240,6 +237,15 @@ class Intake:
             self._reduce_all()
         elif parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             self._add_sums()  # these may change it
+
+    def _await_end(self) -> None:
+        """Have the end of this backward pass reduce what waits."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            # Another backward pass, perhaps inside one (reentrant checkpointing), which may add to what waits of that.
+            self._add_sums()
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce_waiting)
 
     def _add_sums(self) -> None:
         sums, self._sums = self._sums, []
@@ -314,34 +320,43 @@ class Intake:
                 self._visits.comparisons.append((stream, Comparison.of(record, rows)))
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+        """See :class:`gradkern.rollback._sink.Sink`."""
         logits, grad = self._per_sample(layer, logits), self._per_sample(layer, grad)
         bends, self.scale = measure_bends(logits, grad, scale=self.scale, is_declared=self._is_declared)
         self._visits.bends.append((self._visit_numbers(layer), bends))
 
-    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+    def take_gradient(self, layer: OwnedLayer, gradient: Tensor, *, of_weight: bool) -> None:
+        """See :class:`gradkern.rollback._sink.Sink`."""
+        stream = layer.weight if of_weight else layer.bias
+        if stream is not None:
+            self._require_ids(layer)
+            self._add_later(stream, gradient)
+
+    def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor | None) -> None:
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if layer.bias is None:
             return
         # Not the sum over samples: an attention key's bias has a gradient of zero up to rounding, which Adam scales to
         # full steps; only the same rounding leads to the same parameter.
-        self._add_later(layer.bias, bias_grad)
+        if bias_grad is not None:
+            self._add_later(layer.bias, bias_grad)
         rows = self._per_sample(layer, grad)
         self._add_vector(layer.bias, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
-    def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+    def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor | None) -> None:
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if layer.weight is None:
             return
         rows = self._per_sample(layer, grads.flatten(1))
-        self._add_later(layer.weight, weight_grad)
+        if weight_grad is not None:
+            self._add_later(layer.weight, weight_grad)
         self._add_vector(layer.weight, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
     def take_norm(
         self, layer: OwnedLayer, normalised: Tensor, grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None
     ) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
-        grad, normalised = self._per_sample(layer, grad), self._per_sample(layer, normalised)
+        """See :class:`gradkern.rollback._sink.Sink`."""
+        grad, normalised = self._per_sample(layer, grad.float()), self._per_sample(layer, normalised.float())
         for stream, factors, total in ((layer.weight, normalised, weight_grad), (layer.bias, None, bias_grad)):
             if stream is not None and total is not None:
                 self._add_later(stream, total)
@@ -349,7 +364,7 @@ class Intake:
                 self._add_vector(stream, record, grad, factors)
 
     def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
-        """See :class:`gradkern.rollback._capture.Sink`."""
+        """See :class:`gradkern.rollback._sink.Sink`."""
         if layer.weight is None:
             return
         ids, grad = self._per_sample_rows(layer, ids, grad)

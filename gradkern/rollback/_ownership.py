@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -25,6 +25,7 @@ class LayerKind(Enum):
     RMS_NORM = "RMSNorm"
     GROUP_NORM = "GroupNorm"
     CONVOLUTION = "Conv1d, Conv2d or Conv3d"
+    ATTENTION = "MultiheadAttention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ class OwnedLayer:
         bias: Index of the bias's stream, or None.
         shared_input: True for an embedding whose ids are the same for all samples.
         is_output: True for the Linear whose outputs are taken to be the logits.
+        parts: The projections of an attention, as Linear layers; ``module`` then is the one that has the weight.
+        parameter_name: Name of the weight in ``module``.
+        is_time_first: True for a layer of a Transformer of torch without ``batch_first``.
     """
 
     name: str
@@ -48,6 +52,9 @@ class OwnedLayer:
     bias: int | None
     shared_input: bool
     is_output: bool = False
+    parts: tuple[OwnedLayer, ...] = ()
+    parameter_name: str = "weight"
+    is_time_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,7 @@ def claim(
         trained: The optimizer's parameters; others are left alone.
         unowned: Patterns of parameter names to leave out.
         shared_inputs: Patterns of names of embeddings whose ids are shared by all samples.
-        output: Name of the Linear whose outputs are logits; None takes the last one.
+        output: Name of the Linear whose outputs are logits, trained or not; None takes the last one.
 
     Raises:
         ValueError: Nothing to record; a parameter that no captured layer holds and ``unowned`` does not name;
@@ -114,24 +121,44 @@ def claim(
         return len(streams) - 1
 
     candidates = [(name, module, kind) for name, module in model.named_modules() if (kind := _kind(module)) is not None]
+    # An attention reads the weight of its last layer by itself.
+    read = {id(module.out_proj) for _, module, kind in candidates if kind is LayerKind.ATTENTION}
+    time_first = _time_first(model)
     embeddings = {name: module for name, module, kind in candidates if kind is LayerKind.EMBEDDING}
     shared = _matching(embeddings, shared_inputs, "shared_inputs", "embedding")
     for name, module, kind in candidates:
+        if id(module) in read:
+            continue
+        if kind is LayerKind.ATTENTION:
+            parts = []
+            for part, owner, weight_name, bias_name in _projections(module):
+                full = f"{name}.{part}".removeprefix(".")
+                weight = stream(full, owner._parameters.get(weight_name), "matrix")
+                bias = stream(full, owner._parameters.get(bias_name), "vector")
+                if weight is not None or bias is not None:
+                    parts.append(
+                        OwnedLayer(full, owner, LayerKind.LINEAR, weight, bias, False, parameter_name=weight_name)
+                    )
+            if parts:
+                _require_capturable(name, module)
+                layers.append(OwnedLayer(name, module, kind, None, None, False, parts=tuple(parts)))
+            continue
         weight = stream(name, module._parameters.get("weight"), _weight_stream(module, kind))
         bias = stream(name, module._parameters.get("bias"), "vector")
         if weight is None and bias is None:
             continue
         _require_capturable(name, module)
-        layers.append(OwnedLayer(name, module, kind, weight, bias, name in shared))
+        is_time_first = id(module) in time_first
+        layers.append(OwnedLayer(name, module, kind, weight, bias, name in shared, is_time_first=is_time_first))
     unclaimed = [name for name in parameters if name not in owned and name not in left_out]
     if unclaimed:
         raise ValueError(
             f"record: no per-sample gradient can be captured for {_listed(unclaimed)}; captured are the "
-            f"parameters of Linear, Conv1d to Conv3d, Embedding, LayerNorm, RMSNorm, GroupNorm and transformers' "
-            f"Conv1D. Pass unowned={unclaimed!r} (patterns allowed) to record the rest; the influence that runs "
-            f"through these is then not counted"
+            f"parameters of Linear, Conv1d to Conv3d, Embedding, LayerNorm, RMSNorm, GroupNorm, MultiheadAttention "
+            f"(without add_bias_kv) and transformers' Conv1D. Pass unowned={unclaimed!r} (patterns allowed) to record "
+            f"the rest; the influence that runs through these is then not counted"
         )
-    _mark_output(layers, output)
+    _mark_output(layers, {name: module for name, module, kind in candidates if kind is LayerKind.LINEAR}, output)
     layout = Layout(
         model=describe_parameters(model),
         parameters=tuple(
@@ -140,6 +167,27 @@ def claim(
         streams=tuple(streams),
     )
     return Ownership(layout, tuple(parameters.values()), tuple(layers))
+
+
+def _projections(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
+    """Of an attention: a name, the module that has the weight, and names of weight and bias in it."""
+    for part in ("in_proj", "q_proj", "k_proj", "v_proj"):
+        if module._parameters.get(f"{part}_weight") is not None:
+            # One bias for all of them.
+            yield part, module, f"{part}_weight", "in_proj_bias"
+    yield "out_proj", module.out_proj, "weight", "bias"  # type: ignore[misc]
+
+
+def _time_first(model: nn.Module) -> set[int]:
+    """Modules, by id, that torch's Transformers give inputs whose first dimension is time."""
+    found: set[int] = set()
+    for module in model.modules():
+        is_stack = isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder))
+        block = next(iter(module.layers), None) if is_stack else module  # type: ignore[arg-type]
+        is_block = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        if is_block and not block.self_attn.batch_first:  # type: ignore[union-attr]
+            found |= {id(child) for child in module.children()}
+    return found
 
 
 def _weight_stream(module: nn.Module, kind: LayerKind) -> str:
@@ -152,20 +200,23 @@ def _weight_stream(module: nn.Module, kind: LayerKind) -> str:
     return "matrix" if kind is LayerKind.CONVOLUTION and module.groups == 1 else "vector"
 
 
-def _mark_output(layers: list[OwnedLayer], output: str | None) -> None:
-    """Say of one layer, in place, that it gives the logits.
+def _mark_output(layers: list[OwnedLayer], linear: dict[str, nn.Module], output: str | None) -> None:
+    """Say of one layer, in place, that it gives the logits; one that is not trained is added.
 
     Raises:
-        ValueError: ``output`` names none of the recorded Linear layers.
+        ValueError: ``output`` names none of the model's Linear layers.
     """
-    linear = {layer.name: at for at, layer in enumerate(layers) if layer.kind is LayerKind.LINEAR}
     if output is not None and output not in linear:
-        raise ValueError(
-            f"record: output must name a recorded Linear layer, got {output!r}; there are {_listed(linear)}"
-        )
+        raise ValueError(f"record: output must name a Linear layer, got {output!r}; there are {_listed(linear)}")
     name = next(reversed(linear), None) if output is None else output
-    if name is not None:
-        layers[linear[name]] = replace(layers[linear[name]], is_output=True)
+    if name is None:
+        return
+    for at, layer in enumerate(layers):
+        if layer.name == name:
+            layers[at] = replace(layer, is_output=True)
+            return
+    _require_capturable(name, linear[name])
+    layers.append(OwnedLayer(name, linear[name], LayerKind.LINEAR, None, None, False, is_output=True))
 
 
 def _kind(module: nn.Module) -> LayerKind | None:
@@ -181,6 +232,8 @@ def _kind(module: nn.Module) -> LayerKind | None:
         return LayerKind.RMS_NORM
     if layer_type is nn.GroupNorm:
         return LayerKind.GROUP_NORM
+    if layer_type is nn.MultiheadAttention:
+        return LayerKind.ATTENTION
     if layer_type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return LayerKind.CONVOLUTION
     # Recognised by name, so that transformers need not be installed.

@@ -41,9 +41,10 @@ def record(
     bit-equal to those of the unrecorded model.
 
     Args:
-        model: In fp32. Its Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm (Llama's too), GroupNorm and
-            transformers' Conv1D layers are recorded. Under ``DistributedDataParallel`` the wrapped model or what it
-            wraps, after wrapping; every rank must call this, and each records its own samples into a shard of its own.
+        model: In fp32. Its Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm (Llama's too), GroupNorm,
+            MultiheadAttention and transformers' Conv1D layers are recorded, also under autocast. Under
+            ``DistributedDataParallel`` the wrapped model or what it wraps, after wrapping; every rank must call this,
+            and each records its own samples into a shard of its own.
         optimizer: One of gradkern's, over parameters of ``model``, before its first step.
         path: Folder to create for the ledger; must not exist. With ``resume`` that of the ledger to go on with.
         rank: Directions kept of a sample's gradient of a matrix. A sample with at most ``rank`` rows (tokens)
@@ -54,9 +55,9 @@ def record(
         unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as BatchNorm's.
         shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
             a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.
-        output: Name of the trained Linear whose outputs are the logits of a cross-entropy, for the estimators that
-            follow later steps. None takes the last one in ``model.named_modules()`` and checks that its gradients are
-            those of a cross-entropy with one right class a row and one weight for all rows of a micro-batch; where
+        output: Name of the Linear, trained or not, whose outputs are the logits of a cross-entropy, for the estimators
+            that follow later steps. None takes the last one in ``model.named_modules()`` and checks that its gradients
+            are those of a cross-entropy with one right class a row and one weight for all rows of a micro-batch; where
             they are not, nothing is kept and those estimators refuse the ledger. A name vouches for it, rows may then
             have weights of their own (``weight=`` of the classes, means over sequences of unequal length). Terms of
             the loss that do not go through these logits bend it too, which nobody notices: leave such runs to
@@ -75,10 +76,11 @@ def record(
             of the first time.
 
     Note:
-        Inputs of recorded layers must be sample-major: dimension 0 is the micro-batch, or the rows of the first
-        sample come first, then those of the second. Time-major inputs whose length equals the batch size cannot be
-        told apart by shape and would be credited to the wrong samples without an error. Clip with the optimizer's
-        ``max_norm=``, not ``clip_grad_norm_``: what is edited after backward was not recorded.
+        Inputs of recorded layers, but for those of torch's attention and Transformers, must be sample-major:
+        dimension 0 is the micro-batch, or the rows of the first sample come first, then those of the second.
+        Time-major inputs whose length equals the batch size cannot be told apart by shape and would be credited to
+        the wrong samples without an error. Clip with the optimizer's ``max_norm=``, not ``clip_grad_norm_``: what is
+        edited after backward was not recorded.
 
     Raises:
         LedgerError: ``path`` exists, the optimizer has already made steps, or gradients are there already. With
@@ -86,7 +88,7 @@ def record(
             or the parameters or the optimizer's steps are not those of the checkpoint. Nothing is changed then. Or
             ranks differ in what they begin, or one of them cannot.
         ValueError: ``rank`` or ``steps_per_segment`` is below 1, ``rewind`` below 0; ``on_write_error`` is neither;
-            ``output`` names no recorded Linear; a trained parameter can neither be recorded nor is in ``unowned``; a
+            ``output`` names no Linear; a trained parameter can neither be recorded nor is in ``unowned``; a
             pattern matches nothing; under ``DistributedDataParallel``: ``replayable=True``, ``on_write_error="stop"``,
             or a trained parameter that it does not average.
         TypeError: A trained parameter is not fp32, or the optimizer reports no steps.

@@ -98,7 +98,7 @@ class Shadows:
         if backend_for("record", self._device) == "native":
             torch.ops.gradkern._add_gradients_(
                 [waiting for (waiting, _), _ in pairs],
-                [gradient.contiguous() for _, gradient in pairs],
+                [gradient.float().contiguous() for _, gradient in pairs],
                 [is_fresh for (_, is_fresh), _ in pairs],
             )
             return

@@ -262,6 +262,16 @@ def test_stock_grad_scaler_scales_clips_and_skips(unscale_first):
     assert bool(events[0].skipped)
 
 
+def test_a_first_step_that_is_skipped_is_told():
+    events, param = [], nn.Parameter(torch.ones(3))
+    param.grad = torch.full((3,), float("inf"))
+    opt = gk.AdamW([param], skip_nonfinite=True)
+    opt.register_step_event_hook(events.append)
+    opt.step()
+    assert bool(events[0].skipped)
+    assert torch.equal(param, torch.ones(3))
+
+
 def test_nonfinite_gradients_do_what_torch_does():
     ours, theirs = (nn.Parameter(torch.ones(3)) for _ in range(2))
     for p in (ours, theirs):

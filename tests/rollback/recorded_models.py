@@ -52,6 +52,50 @@ def gpt2(layers: int = 2, width: int = 24, length: int = 12, vocabulary: int = 3
     )
 
 
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        loss_type="ForCausalLM",
+    )
+    return LlamaForCausalLM(config)
+
+
+class LoraLinear(nn.Module):
+    """A frozen Linear and what is trained beside it, built as peft's ``lora.Linear`` is."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float = 8.0, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(dropout)})
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+        self.scaling = {"default": alpha / rank}
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self.base_layer(x)
+        lowered = self.lora_A["default"](self.lora_dropout["default"](x.to(self.lora_A["default"].weight.dtype)))
+        return result + self.lora_B["default"](lowered) * self.scaling["default"]
+
+
+def with_adapters(model: nn.Module, *names: str, rank: int = 2) -> nn.Module:
+    """Freeze a model and put adapters at the Linear layers that have one of these names; in place."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in names:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], LoraLinear(module, rank))
+    return model
+
+
 def token_loss(output: Any, ids: torch.Tensor) -> torch.Tensor:
     """Next-token loss for both models."""
     logits = getattr(output, "logits", output)

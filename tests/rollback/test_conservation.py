@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recorded_models import TokenModel, gpt2, scale_preconditioner, token_data, token_loss
+from recorded_models import TokenModel, gpt2, llama, scale_preconditioner, token_data, token_loss
 from torch import nn
 
 import gradkern as gk
@@ -29,21 +29,6 @@ def test_holds_for_a_tied_gpt2_with_clipping_and_accumulation(train):
     assert found.unowned_share == 0
     report = ledger.verify(model)
     assert report.passed, str(report)
-
-
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=31,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        loss_type="ForCausalLM",
-    )
-    return LlamaForCausalLM(config)
 
 
 def test_holds_for_a_llama_with_clipping_and_accumulation(train):

@@ -41,9 +41,12 @@ def test_parameters_that_cannot_be_recorded_are_listed(tmp_path):
 
 
 def test_layers_whose_weights_others_read_are_not_taken_for_their_base_class(tmp_path):
-    model = nn.Sequential(nn.MultiheadAttention(4, 2))
-    with pytest.raises(ValueError, match=r"'0\.out_proj\.weight'"):
-        start(model, tmp_path / "run")
+    class Other(nn.MultiheadAttention):
+        pass
+
+    for model, name in ((nn.MultiheadAttention(4, 2).out_proj, "weight"), (Other(4, 2), "in_proj_weight")):
+        with pytest.raises(ValueError, match=rf"captured for '{name}'"):
+            start(model, tmp_path / "run")
 
 
 def test_frozen_parameters_and_other_optimizers_parameters_are_left_alone(token_model, tmp_path):
