@@ -225,24 +225,25 @@ class Intake:
             return
         matrices, self._waiting, self._waiting_bytes = self._waiting, [], 0
         visit = self._visit_numbers(matrices[0].layer)
-        if backend_for("record", self._device) == "native":
+        if backend_for("record", self._device) != "reference":
             self._add_block(visit, matrices)
             return
         for matrix in matrices:
             self._add_matrix(visit, matrix)
 
     def _add_block(self, visit: Tensor, matrices: Sequence[_Matrix]) -> None:
-        """In one native call."""
+        """In one native call, or in the launches of one."""
         packing = packing_of(len(visit), tuple(matrix.shape for matrix in matrices))
-        content = torch.empty(packing.nbytes, dtype=torch.uint8)
-        torch.ops.gradkern._record_matrices_(
-            [matrix.rows.contiguous() for matrix in matrices],
-            [matrix.columns.contiguous() for matrix in matrices],
-            [self._starts[matrix.shape.stream] for matrix in matrices],
-            packing.offsets,
-            packing.samples,
-            content,
-        )
+        content = torch.empty(packing.nbytes, dtype=torch.uint8, device=self._device)
+        rows = [matrix.rows.contiguous() for matrix in matrices]
+        columns = [matrix.columns.contiguous() for matrix in matrices]
+        starts = [self._starts[matrix.shape.stream] for matrix in matrices]
+        if backend_for("record", self._device) == "triton":
+            from gradkern.ops._record.reduce.triton import record_matrices  # Triton may not be installed
+
+            record_matrices(rows, columns, starts, packing.offsets, packing.samples, content)
+        else:
+            torch.ops.gradkern._record_matrices_(rows, columns, starts, packing.offsets, packing.samples, content)
         block = Block(packing, visit, content)
         self._visits.blocks.append(block)
         if self._compare:
