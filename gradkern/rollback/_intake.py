@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from gradkern.rollback._packing import Block, Shape, packing_of, unpack
 from gradkern.rollback._records import EmbeddingRecord, MatrixRecord, Record, VectorRecord
 from gradkern.rollback._reduce import reduce_matrix, reduce_vector
 from gradkern.rollback._shadows import Shadows
+from gradkern.rollback._to_host import to_host
 
 __all__ = ["Intake", "Visits"]
 
@@ -46,6 +47,19 @@ class Visits:
     def count(self) -> int:
         """Number of visits."""
         return sum(len(ids) for ids in self.ids)
+
+    def to_host(self) -> Visits:
+        """The same with all records in host memory, for which a GPU is waited for once."""
+        tables = [record.tensors() for _, record in self.records]
+        fields = [tensor for table in tables for tensor in table.values()]
+        copies = iter(to_host(*(block.content for block in self.blocks), *(each for _, each in self.bends), *fields))
+        blocks = [block._replace(content=next(copies)) for block in self.blocks]
+        bends = [(numbers, next(copies)) for numbers, _ in self.bends]
+        records = [
+            (stream, type(record)(**{name: next(copies) for name in table}))
+            for (stream, record), table in zip(self.records, tables, strict=True)
+        ]
+        return replace(self, blocks=blocks, bends=bends, records=records)
 
     def nbytes(self) -> int:
         """Bytes of all records."""

@@ -17,7 +17,10 @@ from torch import nn
 
 import gradkern as gk
 from gradkern.ops._values import edge_values
+from gradkern.rollback._layout import ParameterInfo
 from gradkern.rollback._reduce import reduce_matrix, reduce_vector
+from gradkern.rollback._shadows import Applied, Shadows
+from gradkern.step_event import ParamStep
 from gradkern.testing import same_bits
 
 Case = tuple[str, Callable[[], list[torch.Tensor]]]
@@ -79,6 +82,56 @@ def vectors() -> Iterator[Case]:
         yield f"vector of {name}", lambda rows=rows: list(reduce_vector(rows))
 
 
+# Rows around 16, a convolution, vectors, one number, nothing.
+SHAPES = [(16, 64), (10, 33), (7,), (3, 4, 3, 3), (1, 5), (130,), (), (0,), (37, 66)]
+
+
+def followed(has_moment: bool, scale: float) -> list[torch.Tensor]:
+    """The shadows of some parameters after steps with and without gradients, one of them refused."""
+    parameters = [normal(at, *shape) for at, shape in enumerate(SHAPES)]
+    infos = [ParameterInfo(f"p{at}", shape, owned=at != 4) for at, shape in enumerate(SHAPES)]
+    shadows = Shadows(parameters, infos)
+    found: list[torch.Tensor] = []
+    for step in range(2):
+        applied = []
+        for at, parameter in enumerate(parameters):
+            if (step, at) == (1, 1):
+                continue  # left alone
+            if infos[at].owned and (step, at) != (1, 2):
+                shadows.add_gradient(at, scale * normal(100 * step + at, *SHAPES[at]))
+            moment = (scale * normal(7 * step + at, *SHAPES[at])).square() if has_moment else None
+            lr = 0.0 if at == 3 else 1.1e-3
+            update = ParamStep(parameter, torch.tensor(0.5), 0.999, 0.9, 0.1, lr, lr, moment, 1.7, 1e-8)
+            applied.append(Applied(at, update, 0.5))
+        found.append(shadows.step(applied))
+    shadows.add_gradient(8, torch.full(SHAPES[8], math.inf))
+    if shadows.step(applied) is not None:
+        found.append(torch.zeros(0))
+    state = shadows.state_dict()
+    numbers = [state[key] for key in ("roundings", "momentum_roundings", "decays")]
+    return [
+        *found,
+        *state["momenta"].values(),
+        *state["deltas"].values(),
+        torch.tensor(numbers, dtype=torch.float64),
+    ]
+
+
+def tall() -> list[torch.Tensor]:
+    """Rows beyond 256 and beyond 4,096: more levels of the tree of column sums."""
+    parameters = [normal(0, 4113, 1), normal(1, 257, 3)]
+    shadows = Shadows(parameters, [ParameterInfo(f"p{at}", tuple(p.shape), True) for at, p in enumerate(parameters)])
+    updates = [ParamStep(p, torch.tensor(1.0), 1.0, 0.9, 0.1, 1e-3, 1e-3, p.square()) for p in parameters]
+    return [shadows.step([Applied(at, update, 1.0) for at, update in enumerate(updates)])]
+
+
+def shadows() -> Iterator[Case]:
+    yield "shadows of tall matrices", tall
+    for has_moment in (True, False):
+        for scale in (1.0, 1e-22) if has_moment else (1e-38,):
+            yield f"shadows, {has_moment=}, {scale=}", lambda a=has_moment, b=scale: followed(a, b)
+
+
 class Model(nn.Module):
     """Layers of several widths, with and without biases, one called twice; a norm."""
 
@@ -99,11 +152,11 @@ def ledger_files(backend: str) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         with gk.rollback.record(model, optimizer, Path(folder) / "run") as recorder:
             for step in range(2):
-                with recorder.batch(range(2)), gk.use_backend(backend):
-                    labels = torch.tensor([[0, 1, 2], [2, 1, 0]])
-                    logits = model(normal(step, 2, 3, 6))
-                    nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-                with gk.use_backend("reference" if backend == "reference" else "native"):
+                with gk.use_backend(backend):
+                    with recorder.batch(range(2)):
+                        labels = torch.tensor([[0, 1, 2], [2, 1, 0]])
+                        logits = model(normal(step, 2, 3, 6))
+                        nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
                     optimizer.step()
                 optimizer.zero_grad()
         return {file.name: file.read_bytes() for file in Path(folder).rglob("*.safetensors")}
@@ -112,7 +165,7 @@ def ledger_files(backend: str) -> dict[str, bytes]:
 def main() -> int:
     compared, bad = 0, []
     shuffled_programs.shuffle_programs()
-    for name, compute in (*matrices(), *vectors()):
+    for name, compute in (*matrices(), *vectors(), *shadows()):
         with gk.use_backend("reference"):
             expected = compute()
         with gk.use_backend("triton"):
