@@ -51,8 +51,11 @@ class Visits:
     def to_host(self) -> Visits:
         """The same with all records in host memory, for which a GPU is waited for once."""
         tables = [record.tensors() for _, record in self.records]
-        fields = [tensor for table in tables for tensor in table.values()]
-        copies = iter(to_host(*(block.content for block in self.blocks), *(each for _, each in self.bends), *fields))
+        tensors = [*(block.content for block in self.blocks), *(each for _, each in self.bends)]
+        tensors += [tensor for table in tables for tensor in table.values()]
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            return self
+        copies = iter(to_host(*tensors))
         blocks = [block._replace(content=next(copies)) for block in self.blocks]
         bends = [(numbers, next(copies)) for numbers, _ in self.bends]
         records = [
