@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from gradkern.rollback._packing import Block, Shape, packing_of, unpack
 from gradkern.rollback._records import EmbeddingRecord, MatrixRecord, Record, VectorRecord
 from gradkern.rollback._reduce import reduce_matrix, reduce_vector
 from gradkern.rollback._shadows import Shadows
+from gradkern.rollback._to_host import to_host
 
 __all__ = ["Intake", "Visits"]
 
@@ -47,6 +48,22 @@ class Visits:
     def count(self) -> int:
         """Number of visits."""
         return sum(len(ids) for ids in self.ids)
+
+    def to_host(self) -> Visits:
+        """The same with all records in host memory, for which a GPU is waited for once."""
+        tables = [record.tensors() for _, record in self.records]
+        tensors = [*(block.content for block in self.blocks), *(each for _, each in self.bends)]
+        tensors += [tensor for table in tables for tensor in table.values()]
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            return self
+        copies = iter(to_host(*tensors))
+        blocks = [block._replace(content=next(copies)) for block in self.blocks]
+        bends = [(numbers, next(copies)) for numbers, _ in self.bends]
+        records = [
+            (stream, type(record)(**{name: next(copies) for name in table}))
+            for (stream, record), table in zip(self.records, tables, strict=True)
+        ]
+        return replace(self, blocks=blocks, bends=bends, records=records)
 
     def nbytes(self) -> int:
         """Bytes of all records."""
@@ -286,24 +303,25 @@ class Intake:
             return
         matrices, self._waiting = self._waiting, []
         visit = self._visit_numbers(matrices[0].layer)
-        if backend_for("record", self._device) == "native":
+        if backend_for("record", self._device) != "reference":
             self._add_block(visit, matrices)
             return
         for matrix in matrices:
             self._add_matrix(visit, matrix)
 
     def _add_block(self, visit: Tensor, matrices: Sequence[_Matrix]) -> None:
-        """In one native call."""
+        """In one native call, or in the launches of one."""
         packing = packing_of(len(visit), tuple(matrix.shape for matrix in matrices))
-        content = torch.empty(packing.nbytes, dtype=torch.uint8)
-        torch.ops.gradkern._record_matrices_(
-            [matrix.rows.contiguous() for matrix in matrices],
-            [matrix.columns.contiguous() for matrix in matrices],
-            [self._starts[matrix.shape.stream] for matrix in matrices],
-            packing.offsets,
-            packing.samples,
-            content,
-        )
+        content = torch.empty(packing.nbytes, dtype=torch.uint8, device=self._device)
+        rows = [matrix.rows.contiguous() for matrix in matrices]
+        columns = [matrix.columns.contiguous() for matrix in matrices]
+        starts = [self._starts[matrix.shape.stream] for matrix in matrices]
+        if backend_for("record", self._device) == "triton":
+            from gradkern.ops._record.reduce.triton import record_matrices  # Triton may not be installed
+
+            record_matrices(rows, columns, starts, packing.offsets, packing.samples, content)
+        else:
+            torch.ops.gradkern._record_matrices_(rows, columns, starts, packing.offsets, packing.samples, content)
         block = Block(packing, visit, content)
         self._visits.blocks.append(block)
         if self._compare:

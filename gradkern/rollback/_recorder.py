@@ -307,7 +307,7 @@ class Recorder:
             self._require_in_step()
         self._is_whole, was_whole = False, self._is_whole
         updates = self._tracked(event)
-        visits = self._intake.take()
+        visits = self._intake.take().to_host()
         if self._steps % _COMPARE_EVERY == 0:
             self._require_captured(updates)
         applied = _applied(updates, 1 if self._ranks is None else self._ranks.count)
@@ -321,7 +321,7 @@ class Recorder:
             ids=torch.cat(visits.ids) if visits.ids else torch.empty(0, dtype=torch.int64),
             bends=visits.bends,
             blocks=visits.blocks,
-            records=[(stream, record.cpu()) for stream, record in visits.records],
+            records=visits.records,
             comparisons=visits.comparisons,
             scalars=scalars,
             smoothed=smoothed,

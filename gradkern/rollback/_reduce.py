@@ -2,10 +2,13 @@
 
 A sample's weight gradient is ``G = leftᵀ @ right`` with one row per token; for a language model it is as
 large as the layer while carrying most of its energy in two or three directions. The functions here find those
-directions with thin products only. On a CPU the native library does it in one pass over each sample, to the same bits.
+directions with thin products only. On a CPU the native library does it in one pass over each sample, on a GPU Triton
+does it for all layers at once, to the same bits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -106,15 +109,20 @@ def reduce_matrix(left: Tensor | None, right: Tensor, start: Tensor) -> tuple[Te
         ``(left codes, left scale, right codes, right scale)`` as :func:`quantize_rows` gives them, of ``r`` rows a
         sample, ``r = min(T, rank)``.
     """
-    if backend_for("record", right.device) != "native":
+    backend = backend_for("record", right.device)
+    if backend == "reference":
         low_left, low_right = low_rank_matrix(right, start) if left is None else low_rank_product(left, right, start)
         return (*quantize_rows(low_left), *quantize_rows(low_right))
     samples, tokens, width = right.shape
     height = tokens if left is None else left.shape[2]
     kept = min(tokens, start.shape[0])
-    left_codes = torch.empty(samples, kept, height, dtype=torch.int8)
-    right_codes = torch.empty(samples, kept, width, dtype=torch.int8)
-    left_scale, right_scale = torch.empty(samples, kept), torch.empty(samples, kept)
+    left_codes = right.new_empty(samples, kept, height, dtype=torch.int8)
+    right_codes = right.new_empty(samples, kept, width, dtype=torch.int8)
+    left_scale, right_scale = right.new_empty(samples, kept), right.new_empty(samples, kept)
+    if backend == "triton":
+        places = [left_scale, right_scale, None, left_codes, right_codes, None]
+        _reduce_by_triton(left, right, start, places)
+        return left_codes, left_scale, right_codes, right_scale
     torch.ops.gradkern._reduce_matrix_(
         None if left is None else left.contiguous(),
         right.contiguous(),
@@ -139,14 +147,31 @@ def reduce_vector(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, 
         As :func:`quantize_rows`, shapes ``(B, K)`` and ``(B,)``.
     """
     samples, tokens, width = rows.shape
-    if backend_for("record", rows.device) != "native":
-        products = rows if factors is None else rows * factors
+    backend = backend_for("record", rows.device)
+    if factors is not None and backend != "native":
+        rows, factors = rows * factors, None
+    if backend == "reference":
         ones = rows.new_ones(samples, 1, tokens)
-        return quantize_rows(products[:, 0] if tokens == 1 else combine(ones, products)[:, 0])
-    codes, scale = torch.empty(samples, width, dtype=torch.int8), torch.empty(samples)
+        return quantize_rows(rows[:, 0] if tokens == 1 else combine(ones, rows)[:, 0])
+    codes, scale = rows.new_empty(samples, width, dtype=torch.int8), rows.new_empty(samples)
+    if backend == "triton":
+        _reduce_by_triton(rows, None, None, [None, None, scale, None, None, codes])
+        return codes, scale
     factors = None if factors is None else factors.contiguous()
     torch.ops.gradkern._reduce_vector_(rows.contiguous(), factors, samples, codes, scale)
     return codes, scale
+
+
+def _reduce_by_triton(
+    left: Tensor | None, right: Tensor | None, start: Tensor | None, places: Sequence[Tensor | None]
+) -> None:
+    """To six places: scales of left, right and sum, then codes."""
+    from gradkern.ops._record.reduce.triton import Reduction, reduce_samples  # Triton may not be installed
+
+    left, right = (None if factor is None else factor.contiguous() for factor in (left, right))
+    addresses = [0 if place is None else place.data_ptr() for place in places]
+    samples = len(next(factor for factor in (left, right) if factor is not None))
+    reduce_samples([Reduction(left, right, start, tuple(addresses))], samples)
 
 
 def _orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from gradkern.ops._registry import backend_for
 from gradkern.rollback._lanes import dot
 from gradkern.rollback._layout import ParameterInfo
 from gradkern.rollback._smoothing import smooth, smoothed_sizes
+from gradkern.rollback._to_host import to_host
 from gradkern.step_event import ParamStep
 
 __all__ = ["Applied", "Shadows"]
@@ -152,8 +153,11 @@ class Shadows:
         """
         by_index = {each.parameter: each for each in applied}
         taking_part = [by_index.get(index) for index in self._owned]
-        if backend_for("record", self._device) == "native":
+        backend = backend_for("record", self._device)
+        if backend == "native":
             smoothed = self._step_natively(taking_part)
+        elif backend == "triton":
+            smoothed = self._step_on_device(taking_part)
         else:
             smoothed = self._step_by_torch(taking_part)
         if smoothed is not None:
@@ -188,6 +192,37 @@ class Shadows:
         )
         return smoothed if is_finite else None
 
+    def _step_on_device(self, taking_part: Sequence[Applied | None]) -> Tensor | None:
+        """By Triton; the host waits once, for the smoothed preconditioners."""
+        from gradkern.ops._record.shadow.triton import Followed, shadow_step  # Triton may not be installed
+
+        smoothed = torch.zeros(self._smoothed_size, dtype=torch.bfloat16, device=self._device)
+        followed, rows, first = [], [], 0
+        for row, (index, each) in enumerate(zip(self._owned, taking_part, strict=True)):
+            momentum, delta = self._momenta[index], self._deltas[index]
+            size = sum(smoothed_sizes(momentum.shape))
+            first, view = first + size, smoothed[first : first + size]
+            if each is None or momentum.numel() == 0:
+                continue
+            update, moment = each.update, each.update.second_moment
+            weight = update.grad_weight * each.multiplier
+            numbers = (update.momentum, weight, update.decay, update.step_size, update.root_scale, update.eps)
+            gradient = None if index in self._fresh else self._gradients[index]
+            moment = None if moment is None else moment.float().contiguous()
+            followed.append(Followed(gradient, moment, momentum, delta, numbers, view))
+            rows.append((row, index, update, weight))
+        squares = torch.zeros(len(followed), 2, dtype=torch.float64, device=self._device)
+        bad = torch.zeros(1, dtype=torch.int32, device=self._device)
+        if followed:
+            shadow_step(followed, squares, bad)
+        smoothed, squares, bad = to_host(smoothed, squares, bad)
+        if bool(bad):
+            return None
+        for (row, index, update, weight), sums in zip(rows, squares.tolist(), strict=True):
+            if self._momenta[index].dim() == 1:
+                self._step_rounding(row, index, update, weight, *map(math.sqrt, sums))
+        return smoothed
+
     def _step_by_torch(self, taking_part: Sequence[Applied | None]) -> Tensor | None:
         pairs = list(zip(self._owned, taking_part, strict=True))
         waiting = [self._gradients[index] for index, each in pairs if each is not None and index not in self._fresh]
@@ -213,18 +248,23 @@ class Shadows:
         if momentum.dim() == 1:
             # Sums of nothing but zeros have no rounding, and Adam divides them by eps.
             moving = torch.where(momentum != 0, preconditioner, 0.0)
-            self._step_rounding(row, index, update, weight, moving)
+            of_gradient = 0.0 if index in self._fresh else _norm(self._gradients[index])
+            self._step_rounding(row, index, update, weight, of_gradient, _norm(moving))
         return smooth(preconditioner)
 
-    def _step_rounding(self, row: int, index: int, update: ParamStep, weight: float, moving: Tensor) -> None:
-        """Follow through one step what rounding adds, as if every element had the typical gradient."""
+    def _step_rounding(
+        self, row: int, index: int, update: ParamStep, weight: float, of_gradient: float, of_moving: float
+    ) -> None:
+        """Follow through one step what rounding adds, as if every element had the typical gradient.
+
+        Given are two norms: of the gradient, and of the preconditioner where the momentum is not zero.
+        """
         of_delta, of_momentum = self._roundings[row].tolist()
         of_momentum *= update.momentum
         if index not in self._fresh:
-            gradient = self._gradients[index]
-            typical = _norm(gradient) / math.sqrt(max(1, gradient.numel()))
+            typical = of_gradient / math.sqrt(max(1, self._gradients[index].numel()))
             of_momentum += abs(weight) * _SUM_ROUNDING * typical
-        of_delta = abs(update.decay) * of_delta + of_momentum * _norm(moving)
+        of_delta = abs(update.decay) * of_delta + of_momentum * of_moving
         self._roundings[row] = torch.tensor([of_delta, of_momentum], dtype=torch.float64)
 
     def _of_all(self, values: Tensor) -> list[float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import triton
 
-from gradkern.ops import _registry
+from gradkern.ops import _record, _registry
 from gradkern.ops._triton.launch import Variant, compile_ahead
 
 __all__ = ["MachineCode", "all_variants", "problems", "read", "target_name", "variant_name"]
@@ -95,9 +95,15 @@ class MachineCode:
 
 
 def all_variants() -> Iterator[tuple[str, Variant]]:
-    """Every variant of every registered op, with the name of the op."""
-    for name, spec in _registry.SPECS.items():
-        for variant in importlib.import_module(spec.triton.split(":")[0]).VARIANTS:
+    """Every variant of every registered op and of recording, with the name of the op."""
+    modules = {name: spec.triton.split(":")[0] for name, spec in _registry.SPECS.items()}
+    folder = Path(_record.__file__).parent
+    modules |= {
+        f"record {path.parent.name}": f"{_record.__name__}.{path.parent.name}.triton"
+        for path in sorted(folder.glob("*/triton.py"))
+    }
+    for name, module in modules.items():
+        for variant in importlib.import_module(module).VARIANTS:
             yield name, variant
 
 

@@ -5,38 +5,16 @@ Programs of a launch run in a shuffled order, so that no kernel may rely on the 
 
 from __future__ import annotations
 
-import random
 import sys
-from collections.abc import Sequence
 
+import shuffled_programs
 import torch
-from triton.runtime import interpreter
 
 import gradkern as gk
 from gradkern import functional
 from gradkern.ops._table import Operands
 from gradkern.ops._triton.launch import count_launches
 from gradkern.testing import all_samples, random_values, run_sample, same_bits
-
-_ORDER = random.Random(5)
-_moved = 0
-
-
-def _shuffle_programs() -> None:
-    """GridExecutor walks its grid with range(), looked up in its module at each launch; so do loops inside kernels."""
-    in_order = range
-    grid_walk = interpreter.GridExecutor.__call__.__code__
-
-    def shuffled(*bounds: int) -> Sequence[int]:
-        global _moved
-        programs = in_order(*bounds)
-        if sys._getframe(1).f_code is not grid_walk:
-            return programs
-        order = _ORDER.sample(programs, len(programs))
-        _moved += order != list(programs)
-        return order
-
-    interpreter.range = shuffled
 
 
 def _tables_of(backend: str) -> tuple[list[torch.Tensor], int]:
@@ -54,7 +32,7 @@ def _tables_of(backend: str) -> tuple[list[torch.Tensor], int]:
 
 def main() -> int:
     compared, bad = 0, []
-    _shuffle_programs()
+    shuffled_programs.shuffle_programs()
     for spec, sample in all_samples():
         expected = run_sample(spec, sample, "reference")
         got = run_sample(spec, sample, "triton")
@@ -65,7 +43,7 @@ def main() -> int:
     got, launches = _tables_of("triton")
     if not all(map(same_bits, got, expected)) or launches != 2:
         bad.append(f"step_scalars_ of two tables ({launches=})")
-    if _moved == 0:
+    if shuffled_programs.moved == 0:
         bad.append("no launch was shuffled: the interpreter walks its grid in another way now")
     print(f"compared {compared}")
     print("\n".join(bad))

@@ -34,5 +34,9 @@ def test_interpreter_has_the_bits_of_the_reference():
     assert "compared" in run("interpreter_parity.py", TRITON_INTERPRET="1")
 
 
+def test_recording_in_the_interpreter_has_the_bits_of_the_reference():
+    assert "compared" in run("record_parity.py", TRITON_INTERPRET="1")
+
+
 def test_machine_code_of_every_kernel_on_every_target():
     assert "inspected" in run("ahead_of_time.py", TRITON_INTERPRET="0")

@@ -59,6 +59,7 @@ class Variant:
         hot_bytes: Bytes that one program loads and stores for a full chunk, beside tables and scalars.
         hot_bits: Bits that a thread moves at once of the narrowest hot stream, where that is less than 128.
         capped: Whether registers are capped so that half of a processor's threads are resident.
+        threads: Of a program of a kernel with a fixed number of warps; one warp where that has more.
     """
 
     kernel: Any
@@ -68,10 +69,13 @@ class Variant:
     hot_bytes: int
     hot_bits: int = 128
     capped: bool = False
+    threads: int = FIXED_THREADS
 
     def warps(self, target: GPUTarget) -> int:
         """Warps of a program on ``target``."""
-        return fold_warps(self.item_bytes, target.warp_size) if self.item_bytes else FIXED_THREADS // target.warp_size
+        if self.item_bytes:
+            return fold_warps(self.item_bytes, target.warp_size)
+        return max(1, int(self.threads // target.warp_size))
 
 
 @dataclass(slots=True)

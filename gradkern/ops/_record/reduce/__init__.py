@@ -1,0 +1,1 @@
+"""Per-sample gradients, compressed: :mod:`gradkern.rollback._reduce` says how."""

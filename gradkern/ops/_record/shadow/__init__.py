@@ -1,0 +1,1 @@
+"""What shadows follow of a step: :mod:`gradkern.rollback._shadows` says what."""
