@@ -17,19 +17,24 @@ from torch import Tensor, nn
 from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
 from gradkern.rollback._cut import resume_store
+from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._intake import Intake, Visits
 from gradkern.rollback._ownership import claim
-from gradkern.rollback._packing import unpack
+from gradkern.rollback._packing import Block, unpack
 from gradkern.rollback._replay_log import StepLog, describe_options, digest_model
 from gradkern.rollback._rewind import States, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import StepRecord
+from gradkern.rollback._selection import CANDIDATES, Selection
 from gradkern.rollback._shadows import Applied, Shadows
 from gradkern.rollback._store import Closing, StoreWriter
 from gradkern.rollback._writer import Writer
 from gradkern.step_event import ParamStep, StepEvent, StepEventSource
 
 __all__ = ["RecordableOptimizer", "Recorder"]
+
+# Directions of a matrix that are kept where nobody says how many.
+_RANK = 2
 
 # Every so many steps the first sample of each micro-batch is compared exactly with its compressed record.
 _COMPARE_EVERY = 8
@@ -64,12 +69,13 @@ class Recorder:
         model: nn.Module,
         optimizer: RecordableOptimizer,
         path: Path,
-        rank: int,
+        rank: int | None,
         steps_per_segment: int | None,
         unowned: Sequence[str],
         shared_inputs: Sequence[str],
         output: str | None,
         *,
+        bytes_per_visit: int | None,
         replayable: bool,
         rewind: int,
         stops: bool,
@@ -88,7 +94,9 @@ class Recorder:
         self._indices = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         self._model_parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._shadows = Shadows(self._parameters, self._layout.parameters)
-        self._intake = Intake(ownership, self._shadows, rank, is_declared=output is not None)
+        self._selection = None if bytes_per_visit is None else Selection(self._layout, bytes_per_visit)
+        kept = CANDIDATES if bytes_per_visit is not None else _RANK if rank is None else rank
+        self._intake = Intake(ownership, self._shadows, kept, is_declared=output is not None)
         self._steps = 0
         self._optimizer = optimizer
         if resume is None:
@@ -107,7 +115,7 @@ class Recorder:
             handle = optimizer.register_step_event_hook(self._on_step)
             attaching.callback(handle.remove)
             attaching.enter_context(captured(ownership.layers, self._intake))
-            self._store = self._open_store(path, rank, resume)
+            self._store = self._open_store(path, kept, bytes_per_visit, resume)
             self._attached = attaching.pop_all()
         self._writer = Writer(self._store, self._layout, steps_per_segment)
 
@@ -309,12 +317,19 @@ class Recorder:
         scalars = [_LEFT_ALONE] * len(self._parameters)
         for index, update, multiplier in applied:
             scalars[index] = (update.lr, update.decay, update.momentum, update.grad_weight, multiplier)
+        blocks: Sequence[Block] = visits.blocks
+        records = [(stream, record.cpu()) for stream, record in visits.records]
+        comparisons: Sequence[tuple[int, Comparison]] = visits.comparisons
+        if self._selection is not None:
+            unpacked = [each for block in blocks for each in unpack([block])]
+            blocks = ()
+            records, comparisons = self._selection.select(visits.count, [*unpacked, *records], comparisons, smoothed)
         step = StepRecord(
             ids=torch.cat(visits.ids) if visits.ids else torch.empty(0, dtype=torch.int64),
             bends=visits.bends,
-            blocks=visits.blocks,
-            records=[(stream, record.cpu()) for stream, record in visits.records],
-            comparisons=visits.comparisons,
+            blocks=blocks,
+            records=records,
+            comparisons=comparisons,
             scalars=scalars,
             smoothed=smoothed,
             log=self._log(visits),
@@ -419,13 +434,17 @@ class Recorder:
                 f"are cleared without a step"
             )
 
-    def _open_store(self, path: Path, rank: int, resume: Mapping[str, Any] | None) -> StoreWriter:
+    def _open_store(
+        self, path: Path, rank: int, bytes_per_visit: int | None, resume: Mapping[str, Any] | None
+    ) -> StoreWriter:
         settings = {
             "rank": str(rank),
             "torch": str(torch.__version__),
             "threads": str(torch.get_num_threads()),
             "replayable": "0" if self._replayed is None else "1",
         }
+        if bytes_per_visit is not None:
+            settings["bytes_per_visit"] = str(bytes_per_visit)
         if resume is not None:
             return resume_store(path, self._layout, settings, resume["ledger_id"], self._steps)
         initial = {name: parameter.detach().cpu() for name, parameter in self._named().items()}

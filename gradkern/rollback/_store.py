@@ -461,12 +461,14 @@ def _require_same(
             f"({ledger_id}); pass the path of that one"
         )
     # What a replay runs on is one of all its steps.
-    same = ("rank", "replayable", "threads", "torch") if settings["replayable"] == "1" else ("rank", "replayable")
-    if found.layout != layout or any(found.facts.get(key) != settings[key] for key in same):
+    same = ["rank", "bytes_per_visit", "replayable"]
+    if settings["replayable"] == "1":
+        same += ["threads", "torch"]
+    if found.layout != layout or any(found.facts.get(key) != settings.get(key) for key in same):
         raise LedgerError(
-            f"record: the ledger {str(found.path)!r} was recorded of another model or with another rank=, unowned=, "
-            f"shared_inputs= or replayable=, or, to be replayed, with other threads or another torch; go on with what "
-            f"its first record() had"
+            f"record: the ledger {str(found.path)!r} was recorded of another model or with another rank=, "
+            f"bytes_per_visit=, unowned=, shared_inputs= or replayable=, or, to be replayed, with other threads or "
+            f"another torch; go on with what its first record() had"
         )
     for entry in found.files:
         found.require_size(entry)
