@@ -10,8 +10,8 @@ seeds and half the width of the 95 % interval of that mean (Student's t).
 untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
 
 ``finished_*``: of a finished ledger, its bytes by sample, how many times that the deltas take in fp32, and the mean
-cosine of what it gives back with the deltas that the ledger has. What ``bench.kills``, ``bench.nations`` and
-``bench.top_k`` add is explained there.
+cosine of what it gives back with the deltas that the ledger has. What ``bench.budgets``, ``bench.kills``,
+``bench.nations`` and ``bench.top_k`` add is explained there.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from gradkern.rollback import Replay, finish
 
 from . import attribution
+from .budgets import run_budgets
 from .harness import Report
 from .influence import (
     SETTINGS,
@@ -76,9 +77,10 @@ _T = 4.303
 
 
 def run(report: Report, rounds: int) -> None:
-    """Kills, the overhead, searching, the paper's own experiment, finished ledgers, undoing, and every setting."""
+    """Kills, the overhead, budgets, searching, the paper's experiment, finished ledgers, undoing, and every setting."""
     run_kills(report)
     run_overhead(report, rounds)
+    run_budgets(report)
     run_top_k(report, rounds)
     run_nations(report)
     _finished(report, "digits, MLP", digits_mlp())

@@ -14,8 +14,8 @@ from gradkern.errors import LedgerError
 from gradkern.rollback._curvature import curvature_weights
 from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._layout import Layout
-from gradkern.rollback._packing import Block, Packing, unpack
 from gradkern.rollback._packed_records import read_record
+from gradkern.rollback._packing import Block, Packing, unpack
 from gradkern.rollback._records import Record
 from gradkern.rollback._replay_log import ReplayLog, StepLog
 from gradkern.rollback._sharing import share_equal, unshare

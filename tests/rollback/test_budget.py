@@ -80,7 +80,6 @@ def test_any_records_fit_into_any_budget(seed, budget, visits, rank):
             alone = record.take(slice(entry, entry + 1))
             spent[int(alone.visit)] += sum(tensor.nbytes for tensor in alone.stored().values())
             again = read_record(layout.streams[stream].kind, alone.stored())
-            assert torch.equal(again.gradients().sum(), alone.gradients().sum()) or stream == 1
             assert torch.equal(dense(again), dense(alone))
     assert int(spent.max()) <= budget
 
