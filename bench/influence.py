@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,15 @@ from gradkern.rollback import Ledger
 
 from .peers import data_folder
 
-__all__ = ["SETTINGS", "Setting", "datamodeling_score", "kept_samples", "record_run", "retrained_losses"]
+__all__ = [
+    "SETTINGS",
+    "Setting",
+    "datamodeling_score",
+    "kept_samples",
+    "rank_correlation",
+    "record_run",
+    "retrained_losses",
+]
 
 SUBSETS = 200
 
@@ -126,11 +135,11 @@ def breast_cancer_mlp() -> Setting:
 SETTINGS = {"digits, MLP": digits_mlp, "digits, CNN": digits_cnn, "breast cancer, MLP": breast_cancer_mlp}
 
 
-def record_run(setting: Setting, seed: int, path: Path, *, replayable: bool = False) -> tuple[nn.Module, Ledger]:
-    """Train once, recorded."""
+def record_run(setting: Setting, seed: int, path: Path, **options: Any) -> tuple[nn.Module, Ledger]:
+    """Train once, recorded with these options."""
     model = setting.model(seed)
     optimizer = setting.make_optimizer(model)
-    with gk.rollback.record(model, optimizer, path, replayable=replayable) as recorder:
+    with gk.rollback.record(model, optimizer, path, **options) as recorder:
         for rows in setting.batches(seed):
             inputs, labels = setting.fetch(rows)
             with recorder.batch(rows):
@@ -197,7 +206,12 @@ def datamodeling_score(scores: Tensor, kept: Tensor, losses: Tensor) -> float:
         losses: What that returned.
     """
     predicted = (~kept).double() @ scores.t()
-    return float(_correlation(_ranks(predicted), _ranks(losses)).mean())
+    return rank_correlation(predicted, losses)
+
+
+def rank_correlation(left: Tensor, right: Tensor) -> float:
+    """Spearman's, mean over columns."""
+    return float(_correlation(_ranks(left), _ranks(right)).mean())
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ seeds and half the width of the 95 % interval of that mean (Student's t).
 untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
 
 ``finished_*``: of a finished ledger, its bytes by sample, how many times that the deltas take in fp32, and the mean
-cosine of what it gives back with the deltas that the ledger has. What ``bench.kills``, ``bench.nations`` and
-``bench.top_k`` add is explained there.
+cosine of what it gives back with the deltas that the ledger has. What ``bench.budgets``, ``bench.kills``,
+``bench.nations`` and ``bench.top_k`` add is explained there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from gradkern.rollback import Replay, finish
 
 from . import attribution
+from .budgets import run_budgets
 from .harness import Report
 from .influence import (
     SETTINGS,
@@ -80,6 +81,7 @@ _T = 4.303
 PARTS: dict[str, Callable[[Report, int], None]] = {
     "kills": lambda report, rounds: run_kills(report),
     "overhead": run_overhead,
+    "budgets": lambda report, rounds: run_budgets(report),
     "top_k": run_top_k,
     "nations": lambda report, rounds: run_nations(report),
     "finished": lambda report, rounds: _finished(report, "digits, MLP", digits_mlp()),

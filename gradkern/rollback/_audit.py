@@ -38,7 +38,7 @@ def check_files(store: StoreReader) -> CheckedFiles:
     problems: list[str] = []
     made = set()
     for part in store.parts:
-        audit = RecordAudit(store.layout)
+        audit = RecordAudit(store.layout, is_partial="bytes_per_visit" in part.facts)
         digest = StepsDigest(store.layout, store.steps)
         deltas: dict[str, torch.Tensor] | None = None
         for entry in part.files:
@@ -78,13 +78,15 @@ class RecordAudit:
 
     Args:
         layout: The ledger's layout.
+        is_partial: Whether a parameter may have moved without a record, for want of bytes.
 
     Attributes:
         problems: One sentence for each, in the order found.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, is_partial: bool = False) -> None:
         self._layout = layout
+        self._is_partial = is_partial
         self._end_step = 0
         self._decays = [1.0] * len(layout.parameters)
         self._recorded: set[int] = set()
@@ -118,5 +120,6 @@ class RecordAudit:
                     f"the decays of {info.name} multiply to {self._decays[index]:.9g} over the recorded steps, to "
                     f"{decays[index]:.9g} at close"
                 )
-            if info.owned and index not in self._recorded and bool(deltas[info.name].any()):
+            is_missing = index not in self._recorded and not self._is_partial
+            if info.owned and is_missing and bool(deltas[info.name].any()):
                 self.problems.append(f"{info.name} moved but has no record")

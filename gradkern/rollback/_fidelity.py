@@ -32,7 +32,7 @@ class Comparison:
     """A sample's gradient as it was, kept until there is time to compare it with its record.
 
     Attributes:
-        record: Of which the first entry is compared.
+        record: Its entries, which add up; there may be none.
         exact: Of a matrix its two factors, shapes ``(T, K)`` and ``(T, D)``; of an embedding the gradients of its
             rows, shape ``(u, columns)``; of a vector rows that add up to it, shape ``(T, K)``. Copies in host memory.
     """
@@ -43,7 +43,7 @@ class Comparison:
     @classmethod
     def of(cls, record: Record, *batches: torch.Tensor) -> Comparison:
         """Of the first sample of each of ``batches``, shape ``(B, ...)``."""
-        return cls(record, tuple(batch[0].detach().to("cpu", copy=True) for batch in batches))
+        return cls(record.take(slice(1)), tuple(batch[0].detach().to("cpu", copy=True) for batch in batches))
 
     def nbytes(self) -> int:
         """Bytes of the copies."""
@@ -53,16 +53,17 @@ class Comparison:
         """Compare, in host memory."""
         record, exact = self.record.cpu(), self.exact
         if isinstance(record, VectorRecord):
-            gradient, recorded = exact[0].sum(dim=0), dequantize_rows(record.value[0], record.scale[0])
+            gradient, recorded = exact[0].sum(dim=0), record.gradients().sum(dim=0)
             products = gradient @ gradient, gradient @ recorded, recorded @ recorded
             return Fidelity(*(float(product) for product in products))
         if not isinstance(record, (MatrixRecord, EmbeddingRecord)):
             raise TypeError(f"records of {type(record).__name__} are compared nowhere")
-        left = dequantize_rows(record.left[0], record.left_scale[0])
-        right = dequantize_rows(record.right[0], record.right_scale[0])
+        left = dequantize_rows(record.left, record.left_scale).flatten(0, 1)
+        right = dequantize_rows(record.right, record.right_scale).flatten(0, 1)
         record_sq = float(((left @ left.t()) * (right @ right.t())).sum())
         if len(exact) == 1:
-            return Fidelity(float(exact[0].square().sum()), float(((left @ exact[0]) * right).sum()), record_sq)
+            inner = ((left[:, : len(exact[0])] @ exact[0]) * right).sum()  # the rest is padding
+            return Fidelity(float(exact[0].square().sum()), float(inner), record_sq)
         rows, columns = exact
         return Fidelity(
             exact_sq=float(((rows @ rows.t()) * (columns @ columns.t())).sum()),

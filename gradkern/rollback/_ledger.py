@@ -95,8 +95,14 @@ class Ledger:
 
     @property
     def rank(self) -> int:
-        """Directions kept of a sample's gradient of a matrix."""
+        """Most directions kept of a sample's gradient of a matrix."""
         return int(self._store.facts["rank"])
+
+    @property
+    def bytes_per_visit(self) -> int | None:
+        """Most bytes that the records of a visit may take, as given to ``record``; None without such a budget."""
+        given = self._store.facts.get("bytes_per_visit")
+        return None if given is None else int(given)
 
     def layer_bytes(self) -> dict[tuple[str, str], int]:
         """Bytes of the records by layer and parameter, from the headers of the files.

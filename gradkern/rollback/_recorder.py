@@ -18,20 +18,26 @@ from torch import Tensor, nn
 from gradkern.errors import LedgerError
 from gradkern.rollback._capture import captured
 from gradkern.rollback._cut import resume_store
+from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._intake import Intake, Visits
 from gradkern.rollback._ownership import claim
-from gradkern.rollback._packing import unpack
+from gradkern.rollback._packing import Block, unpack
 from gradkern.rollback._ranks import Ranks
+from gradkern.rollback._records import Record
 from gradkern.rollback._replay_log import StepLog, describe_options, digest_model
 from gradkern.rollback._rewind import States, require_restorable, restore
 from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import StepRecord
+from gradkern.rollback._selection import CANDIDATES, Selection
 from gradkern.rollback._shadows import Applied, Shadows
 from gradkern.rollback._store import Closing, StoreWriter
 from gradkern.rollback._writer import Writer
 from gradkern.step_event import ParamStep, StepEvent, StepEventSource
 
 __all__ = ["RecordableOptimizer", "Recorder"]
+
+# Directions of a matrix that are kept where nobody says how many.
+_RANK = 2
 
 # Every so many steps the first sample of each micro-batch is compared exactly with its compressed record.
 _COMPARE_EVERY = 8
@@ -66,12 +72,13 @@ class Recorder:
         model: nn.Module,
         optimizer: RecordableOptimizer,
         path: Path,
-        rank: int,
+        rank: int | None,
         steps_per_segment: int | None,
         unowned: Sequence[str],
         shared_inputs: Sequence[str],
         output: str | None,
         *,
+        bytes_per_visit: int | None,
         replayable: bool,
         rewind: int,
         stops: bool,
@@ -92,7 +99,9 @@ class Recorder:
         self._indices = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         self._model_parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._shadows = Shadows(self._parameters, self._layout.parameters)
-        self._intake = Intake(ownership, self._shadows, rank, is_declared=output is not None)
+        self._selection = None if bytes_per_visit is None else Selection(self._layout, bytes_per_visit)
+        kept = CANDIDATES if bytes_per_visit is not None else _RANK if rank is None else rank
+        self._intake = Intake(ownership, self._shadows, kept, is_declared=output is not None)
         self._steps = 0
         self._optimizer = optimizer
         if resume is None:
@@ -111,7 +120,7 @@ class Recorder:
             handle = optimizer.register_step_event_hook(self._on_step)
             attaching.callback(handle.remove)
             attaching.enter_context(captured(ownership.layers, self._intake))
-            self._store = self._open_store(path, rank, resume)
+            self._store = self._open_store(path, _facts(kept, bytes_per_visit), resume)
             self._attached = attaching.pop_all()
         self._writer = Writer(self._store, self._layout, steps_per_segment)
 
@@ -317,12 +326,19 @@ class Recorder:
         scalars = [_LEFT_ALONE] * len(self._parameters)
         for index, update, multiplier in applied:
             scalars[index] = (update.lr, update.decay, update.momentum, update.grad_weight, multiplier)
+        blocks: Sequence[Block] = visits.blocks
+        records: Sequence[tuple[int, Record]] = visits.records
+        comparisons: Sequence[tuple[int, Comparison]] = visits.comparisons
+        if self._selection is not None:
+            unpacked = [each for block in blocks for each in unpack([block])]
+            blocks = ()
+            records, comparisons = self._selection.select(visits.count, [*unpacked, *records], comparisons, smoothed)
         step = StepRecord(
             ids=torch.cat(visits.ids) if visits.ids else torch.empty(0, dtype=torch.int64),
             bends=visits.bends,
-            blocks=visits.blocks,
-            records=visits.records,
-            comparisons=visits.comparisons,
+            blocks=blocks,
+            records=records,
+            comparisons=comparisons,
             scalars=scalars,
             smoothed=smoothed,
             log=self._log(visits),
@@ -440,16 +456,16 @@ class Recorder:
                 "before that; go back to a checkpoint from before it, in all ranks"
             )
 
-    def _open_store(self, path: Path, rank: int, resume: Mapping[str, Any] | None) -> StoreWriter:
+    def _open_store(self, path: Path, kept: Mapping[str, str], resume: Mapping[str, Any] | None) -> StoreWriter:
         if self._ranks is None:
-            return self._open_part(path, rank, resume)
-        begun = {"rank": rank, "steps": self._steps, "ledger_id": resume and resume["ledger_id"]}
-        return self._ranks.open_shard(path, self._layout, begun, partial(self._open_part, rank=rank, resume=resume))
+            return self._open_part(path, kept, resume)
+        begun = {**kept, "steps": self._steps, "ledger_id": resume and resume["ledger_id"]}
+        return self._ranks.open_shard(path, self._layout, begun, partial(self._open_part, kept=kept, resume=resume))
 
     def _open_part(
         self,
         path: Path,
-        rank: int,
+        kept: Mapping[str, str],
         resume: Mapping[str, Any] | None,
         facts: Mapping[str, str] = MappingProxyType({}),
         ledger_id: str | None = None,
@@ -457,7 +473,7 @@ class Recorder:
         """Open what this process records into, with further facts."""
         settings = {
             **facts,
-            "rank": str(rank),
+            **kept,
             "torch": str(torch.__version__),
             "threads": str(torch.get_num_threads()),
             "replayable": "0" if self._replayed is None else "1",
@@ -509,6 +525,12 @@ class Recorder:
                     f"record: {name!r} has a gradient already, which belongs to no recorded sample; start recording "
                     f"before the first backward, or call optimizer.zero_grad()"
                 )
+
+
+def _facts(rank: int, bytes_per_visit: int | None) -> dict[str, str]:
+    """What the ledger says about how much is kept."""
+    budget = {} if bytes_per_visit is None else {"bytes_per_visit": str(bytes_per_visit)}
+    return {"rank": str(rank), **budget}
 
 
 def _applied(updates: Sequence[tuple[int, ParamStep]], ranks: int) -> list[Applied]:

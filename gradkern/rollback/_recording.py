@@ -24,7 +24,8 @@ def record(
     optimizer: RecordableOptimizer,
     path: str | os.PathLike[str],
     *,
-    rank: int = 2,
+    rank: int | None = None,
+    bytes_per_visit: int | None = None,
     steps_per_segment: int | None = None,
     unowned: Sequence[str] = (),
     shared_inputs: Sequence[str] = (),
@@ -48,7 +49,12 @@ def record(
         optimizer: One of gradkern's, over parameters of ``model``, before its first step.
         path: Folder to create for the ledger; must not exist. With ``resume`` that of the ledger to go on with.
         rank: Directions kept of a sample's gradient of a matrix. A sample with at most ``rank`` rows (tokens)
-            is kept exactly. Bytes per visit grow with it.
+            is kept exactly. Bytes per visit grow with it. None for 2, or with ``bytes_per_visit`` for what fits.
+        bytes_per_visit: Most bytes of a file that the records of a visit (a row of a micro-batch) may take, in place of
+            ``rank``. Every visit keeps what captures most of the energy of its change of the parameters: directions of
+            matrices and embeddings, at most 16 of each, and the gradients of vectors, in codes of 4 or 8 bits. What
+            does not fit is not recorded and taken for zero by influence; the conservation law is followed with exact sums
+            all the same. Takes more time than ``rank``, and until the step the bytes of rank 16. None for no budget.
         steps_per_segment: Optimizer steps per file, written while the next ones are recorded; where writing is slower
             than training, training waits. A crash loses at most twice so many steps. None for as many as make a
             megabyte, at least 10 and at most 1,000.
@@ -87,10 +93,11 @@ def record(
             ``resume``: ``path`` is not the ledger that it belongs to or lacks steps before it, something records there,
             or the parameters or the optimizer's steps are not those of the checkpoint. Nothing is changed then. Or
             ranks differ in what they begin, or one of them cannot.
-        ValueError: ``rank`` or ``steps_per_segment`` is below 1, ``rewind`` below 0; ``on_write_error`` is neither;
-            ``output`` names no Linear; a trained parameter can neither be recorded nor is in ``unowned``; a
-            pattern matches nothing; under ``DistributedDataParallel``: ``replayable=True``, ``on_write_error="stop"``,
-            or a trained parameter that it does not average.
+        ValueError: ``rank`` and ``bytes_per_visit`` are both given, or the latter is too small for any record, of which
+            the smallest is named; ``rank`` or ``steps_per_segment`` is below 1, ``rewind`` below 0;
+            ``on_write_error`` is neither; ``output`` names no Linear; a trained parameter can neither be
+            recorded nor is in ``unowned``; a pattern matches nothing; under ``DistributedDataParallel``:
+            ``replayable=True``, ``on_write_error="stop"``, or a trained parameter that it does not average.
         TypeError: A trained parameter is not fp32, or the optimizer reports no steps.
         ImportError: safetensors is not installed.
 
@@ -99,9 +106,19 @@ def record(
         >>> with recorder.batch(ids):                           # doctest: +SKIP
         ...     loss_fn(model(inputs), targets).backward()
     """
-    for name, value, least in (("rank", rank, 1), ("steps_per_segment", steps_per_segment, 1), ("rewind", rewind, 0)):
+    for name, value, least in (
+        ("rank", rank, 1),
+        ("bytes_per_visit", bytes_per_visit, 1),
+        ("steps_per_segment", steps_per_segment, 1),
+        ("rewind", rewind, 0),
+    ):
         if value is not None and operator.index(value) < least:
             raise ValueError(f"record: {name} must be at least {least}, got {value}")
+    if rank is not None and bytes_per_visit is not None:
+        raise ValueError(
+            f"record: got rank={rank} and bytes_per_visit={bytes_per_visit}; the budget chooses the ranks, pass one of "
+            f"the two"
+        )
     if on_write_error not in ("raise", "stop"):
         raise ValueError(f"record: on_write_error must be 'raise' or 'stop', got {on_write_error!r}")
     if not hasattr(optimizer, "register_step_event_hook"):
@@ -126,6 +143,7 @@ def record(
         unowned,
         shared_inputs,
         output,
+        bytes_per_visit=bytes_per_visit,
         replayable=replayable,
         rewind=rewind,
         stops=on_write_error == "stop",

@@ -46,6 +46,10 @@ class Record:
         """The fields by name."""
         return {name: getattr(self, name) for name in _names(self.kind)}
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        """What a file holds of it, by name."""
+        return self.tensors()
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Record:
         """Build from what :meth:`tensors` gave."""

@@ -26,22 +26,23 @@ __all__ = [
     "reduce_vector",
 ]
 
-_INT8_MAX = 127.0
+_INT8_MAX = 127
 # Divides zeros by something; smaller rows are nothing beside any gradient.
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(rows: torch.Tensor, most: int = _INT8_MAX) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise along the last dimension to int8 with one scale a row.
 
     Args:
         rows: Shape ``(..., n)``, fp32.
+        most: The largest code.
 
     Returns:
         ``(codes, scale)``: int8 of the same shape and fp32 of shape ``(...)``, with ``rows ≈ codes * scale``.
         The error is at most ``scale / 2`` an element. A row of zeros has scale 0.
     """
-    scale = rows.abs().amax(dim=-1) / torch.full((), _INT8_MAX, device=rows.device)
+    scale = rows.abs().amax(dim=-1) / torch.full((), float(most), device=rows.device)
     codes = (rows / scale.clamp_min(_TINY).unsqueeze(-1)).round_()
     # What is not finite is refused by whoever reads the scales; of a NaN no code would be the same everywhere.
     codes.masked_fill_(~torch.isfinite(scale).unsqueeze(-1), 0.0)

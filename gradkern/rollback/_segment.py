@@ -14,8 +14,9 @@ from gradkern.errors import LedgerError
 from gradkern.rollback._curvature import curvature_weights
 from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._layout import Layout
+from gradkern.rollback._packed_records import read_record
 from gradkern.rollback._packing import Block, Packing, unpack
-from gradkern.rollback._records import RECORD_TYPES, Record
+from gradkern.rollback._records import Record
 from gradkern.rollback._replay_log import ReplayLog, StepLog
 from gradkern.rollback._sharing import share_equal, unshare
 from gradkern.rollback._smoothing import smoothed_sizes
@@ -114,7 +115,7 @@ class Segment:
             visit_bounds=bounds,
             scalars=scalars,
             preconditioners=_split_smoothed(layout, scalars, steps),
-            records=_join_records(layout, *_unpacked(bounds.tolist(), steps)),
+            records=_join_records(*_unpacked(bounds.tolist(), steps)),
             fidelity=_measured(steps),
             comparisons=torch.tensor([len(step.comparisons) for step in steps]),
             log=_all_or_none(ReplayLog.build, [step.log for step in steps]),
@@ -131,7 +132,7 @@ class Segment:
             visit_bounds=torch.cat([parts[0].visit_bounds[:1], *ends]),
             scalars=torch.cat([part.scalars for part in parts]),
             preconditioners=_stack_preconditioners(parts),
-            records=_join_records(layout, first_visits, [part.records.items() for part in parts]),
+            records=_join_records(first_visits, [part.records.items() for part in parts]),
             fidelity=torch.cat([part.fidelity for part in parts]),
             comparisons=_all_or_none(torch.cat, [part.comparisons for part in parts]),
             log=_all_or_none(ReplayLog.join, [part.log for part in parts]),
@@ -187,7 +188,7 @@ class Segment:
             for name, tensor in zip(_PRECONDITIONER_FIELDS[len(stored)], stored, strict=True):
                 named[f"preconditioner/{parameter}/{name}"] = tensor
         for stream, record in self.records.items():
-            for name, tensor in record.tensors().items():
+            for name, tensor in record.stored().items():
                 named[f"stream/{stream}/{name}"] = tensor
         if self.log is not None:
             named |= {f"replay/{field.name}": getattr(self.log, field.name) for field in fields(self.log)}
@@ -223,7 +224,7 @@ class Segment:
                     for parameter, stored in grouped["preconditioner"].items()
                 },
                 records={
-                    stream: RECORD_TYPES[layout.streams[stream].kind].from_tensors(stored)
+                    stream: read_record(layout.streams[stream].kind, stored)
                     for stream, stored in grouped["stream"].items()
                 },
             )
@@ -273,9 +274,7 @@ def _packing(block: Block) -> Packing:
     return block.packing
 
 
-def _join_records(
-    layout: Layout, first_visits: Sequence[int], parts: Sequence[Iterable[tuple[int, Record]]]
-) -> dict[int, Record]:
+def _join_records(first_visits: Sequence[int], parts: Sequence[Iterable[tuple[int, Record]]]) -> dict[int, Record]:
     """By stream, of parts that each number their visits from 0."""
     records: defaultdict[int, list[Record]] = defaultdict(list)
     firsts: defaultdict[int, list[int]] = defaultdict(list)
@@ -285,7 +284,7 @@ def _join_records(
             firsts[stream].append(first_visit)
     joined = {}
     for stream, each in records.items():
-        together = RECORD_TYPES[layout.streams[stream].kind].join(each)
+        together = type(each[0]).join(each)
         counts = torch.tensor([len(record.visit) for record in each])
         shifts = torch.tensor(firsts[stream], dtype=together.visit.dtype).repeat_interleave(counts)
         joined[stream] = replace(together, visit=together.visit + shifts)

@@ -483,12 +483,13 @@ def _require_same(
             f"({ledger_id}); pass the path of that one"
         )
     # What a replay runs on is one of all its steps.
-    same = ["rank", "replayable", "shard", "shards"] + ["threads", "torch"] * (settings["replayable"] == "1")
+    same = ["rank", "bytes_per_visit", "replayable", "shard", "shards"]
+    same += ["threads", "torch"] * (settings["replayable"] == "1")
     if found.layout != layout or any(found.facts.get(key) != settings.get(key) for key in same):
         raise LedgerError(
-            f"record: the ledger {str(found.path)!r} was recorded of another model or with another rank=, unowned=, "
-            f"shared_inputs= or replayable=, or, to be replayed, with other threads or another torch, or by another "
-            f"rank or other ranks; go on with what its first record() had"
+            f"record: the ledger {str(found.path)!r} was recorded of another model or with another rank=, "
+            f"bytes_per_visit=, unowned=, shared_inputs= or replayable=, or, to be replayed, with other threads or "
+            f"another torch, or by another rank or other ranks; go on with what its first record() had"
         )
     for entry in found.files:
         found.require_size(entry)

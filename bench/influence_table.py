@@ -1,0 +1,47 @@
+"""Published datamodeling scores as the Markdown tables of the documentation: ``python -m bench.influence_table``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .table import RESULTS
+
+__all__ = ["influence_tables", "published_rollback"]
+
+_METRICS = {"lds_drop1": "1 %", "lds_drop10": "10 %", "lds_drop50": "50 %", "trak50": "50 %, other seeds"}
+
+
+def published_rollback() -> Sequence[dict[str, Any]]:
+    """Records of the published run."""
+    records: Sequence[dict[str, Any]] = json.loads((RESULTS / "rollback.json").read_text())
+    return records
+
+
+def influence_tables(records: Sequence[dict[str, Any]]) -> str:
+    """By setting and system: rank correlation of predicted and real losses, by how much was left out."""
+    values = {(r["case"], r["system"], r["metric"]): r["value"] for r in records}
+    tables = []
+    for case in dict.fromkeys(r["case"] for r in records if r["metric"] in _METRICS):
+        systems = dict.fromkeys(r["system"] for r in records if r["case"] == case and r["metric"] in _METRICS)
+        metrics = [metric for metric in _METRICS if any((case, system, metric) in values for system in systems)]
+        best = {metric: max(values.get((case, system, metric), -1.0) for system in systems) for metric in metrics}
+        rows = [
+            f"| {case} | " + " | ".join(_METRICS[metric] for metric in metrics) + " |",
+            "|---" * (1 + len(metrics)) + "|",
+        ]
+        for system in systems:
+            cells = []
+            for metric in metrics:
+                value = values.get((case, system, metric))
+                interval = values.get((case, system, f"{metric}_interval"))
+                text = "" if value is None else f"{value:.3f}" + ("" if interval is None else f" ± {interval:.3f}")
+                cells.append(f"**{text}**" if value == best[metric] else text)
+            rows.append(f"| {system} | " + " | ".join(cells) + " |")
+        tables.append("\n".join(rows))
+    return "\n\n".join(tables)
+
+
+if __name__ == "__main__":
+    print(influence_tables(published_rollback()))
