@@ -428,7 +428,7 @@ def test_what_several_ranks_cannot_do_is_refused_in_all_of_them(shared):
         assert messages["stop"].startswith("ValueError: record: on_write_error='stop' is for one process")
         assert messages["exists"].startswith("LedgerError: record: ")
         assert "exists for rank " in messages["exists"]
-        assert "rank 1 begins with {'rank': 2, 'steps': 0, 'ledger_id': None}, rank 0 with" in messages["differ"]
+        assert "rank 1 begins with {'rank': '2', 'steps': 0, 'ledger_id': None}, rank 0 with" in messages["differ"]
         assert "rank 1 trains or records other parameters than rank 0" in messages["layouts"]
         expected = "OSError: no space left" if rank else "LedgerError: record: rank 1 could not open its shard"
         assert messages["one cannot"].startswith(expected)

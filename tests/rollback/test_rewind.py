@@ -341,6 +341,7 @@ def test_learning_rates_stay_as_they_are(tmp_path):
 
 def test_what_cannot_be_is_refused_and_nothing_changes(tmp_path):
     loop = Loop(tmp_path / "found", "zclip", rewind=2).to(5)
+    loop.recorder.state_dict()  # waits for the thread that writes
     state, files = everything(loop), all_files(loop.path)
     with pytest.raises(LedgerError, match=r"the state 3 steps ago, after step 2, is not kept; steps may be 0, 1, 2\."):
         loop.recorder.rewind(steps=3)
