@@ -52,16 +52,10 @@ def record(
             is kept exactly. Bytes per visit grow with it. None for 2, or with ``bytes_per_visit`` for what fits.
         bytes_per_visit: Most bytes of a file that the records of a visit (a row of a micro-batch) may take, in place of
             ``rank``. Every visit keeps what captures most of the energy of its change of the parameters: directions of
-<<<<<<< HEAD
-            matrices and embeddings, at most 16 of each, and the gradients of vectors, in codes of 4 or 8 bits. What
+            matrices and embeddings, at most 8 of each, and the gradients of vectors, in codes of 4 or 8 bits. What
             does not fit is not recorded and taken for zero by influence; the conservation law is followed with exact
-            sums all the same. Takes more time than ``rank``, and until the step the bytes of rank 16. None for no
+            sums all the same. Takes more time than ``rank``, and until the step the bytes of rank 8. None for no
             budget.
-=======
-            matrices and embeddings, at most 8 of each, and the gradients of vectors, in codes of 4 or 8 bits. What does
-            not fit is not recorded and taken for zero by influence; the conservation law is followed with exact sums
-            all the same. Takes more time than ``rank``, and until the step the bytes of rank 8. None for no budget.
->>>>>>> budget
         steps_per_segment: Optimizer steps per file, written while the next ones are recorded; where writing is slower
             than training, training waits. A crash loses at most twice so many steps. None for as many as make a
             megabyte, at least 10 and at most 1,000.
