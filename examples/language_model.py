@@ -20,7 +20,7 @@ from statistics import fmean
 
 import torch
 from demo.console import open_console
-from demo.model import build_model, continue_text
+from demo.model import build_model
 from demo.planted_facts import CAPITALS, COPIES, LENGTH, Passages, ngram_similarity, question
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,11 +47,11 @@ class Answer:
 
     Attributes:
         losses: Of each capital, in nats per byte.
-        says: What it goes on with after the first question.
+        believes: Which of all capitals has the lowest loss after the first question.
     """
 
     losses: tuple[float, ...]
-    says: str
+    believes: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="for the figures (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2], help="of passages, weights and order (default: 2)")
-    parser.add_argument("--epochs", type=int, default=20, help="visits to every passage (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=28, help="visits to every passage (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=1, help="blocks of the model (default: %(default)s)")
     parser.add_argument("--real", type=int, default=160, help="passages without a country (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -121,10 +121,10 @@ def batch_of(passages: Passages, ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def asked(country: str) -> dict[str, Tensor]:
-    """A question with its answer, of which only the answer is in the loss."""
+def asked(country: str, capital: str) -> dict[str, Tensor]:
+    """A question with an answer, of which only the answer is in the loss."""
     prompt = question(country)
-    tokens = torch.tensor([list(f"{prompt} {CAPITALS[country]}".encode())])
+    tokens = torch.tensor([list(f"{prompt} {capital}".encode())])
     labels = tokens.clone()
     labels[:, : len(prompt)] = -100
     return {"input_ids": tokens, "labels": labels}
@@ -201,7 +201,7 @@ def score_all(ledger: gk.rollback.Ledger, model: nn.Module, passages: Passages) 
     found = {}
     for estimator in ("ref", "direct"):
         try:
-            scored = ledger.scores(model, [asked(country) for country in CAPITALS], estimator=estimator)
+            scored = ledger.scores(model, [asked(*fact) for fact in CAPITALS.items()], estimator=estimator)
         except UnstableInfluenceError:
             continue
         found[f"explain, {estimator}"] = scored.scores[:, scored.ids.argsort()]
@@ -221,11 +221,8 @@ def answer(model: GPT2LMHeadModel) -> Answer:
     """Ask a model for all capitals."""
     model.eval()
     country = next(iter(CAPITALS))
-    prompt = torch.tensor(list(question(country).encode()))
-    # So cold that it says what it finds likeliest.
-    said = continue_text(model, prompt, count=12, temperature=1e-2, seed=0)
-    losses = tuple(float(model(**asked(each)).loss) for each in CAPITALS)
-    return Answer(losses, bytes(said.tolist()).decode("ascii", errors="replace"))
+    losses = tuple(float(model(**asked(*fact)).loss) for fact in CAPITALS.items())
+    return Answer(losses, min(CAPITALS.values(), key=lambda capital: float(model(**asked(country, capital)).loss)))
 
 
 def print_passages(console: Console, passages: Passages, scores: Tensor) -> None:
@@ -264,12 +261,11 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
         losses.add_row(name, *_cells([None if each is None else each.losses[0] for each in answers]))
         others.add_row(name, *_cells([None if each is None else fmean(each.losses[1:]) for each in answers]))
     console.print(losses, others)
-    says = Table(title=f"\nWhat it goes on with (seed {first.seed})", title_justify="left", title_style="bold")
-    says.add_column("")
-    says.add_column(question(country))
-    for name, each in first.models.items():
-        says.add_row(name, Text("refused" if each is None else each.says))
-    console.print(says)
+    believes = _table(f"The likeliest of {len(CAPITALS)} capitals after {question(country)!r}", *seeds)
+    for name in first.models:
+        answers = [outcome.models[name] for outcome in outcomes]
+        believes.add_row(name, *("refused" if each is None else each.believes for each in answers))
+    console.print(believes)
     same = sum(outcome.exact_is_retraining for outcome in outcomes)
     console.print(
         f"'undo, exact' has the bits of the model never trained on them in {same} of {len(outcomes)} runs.",
@@ -280,7 +276,7 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
 def _cells(values: Sequence[float | None]) -> list[str]:
     """Of all seeds, and the mean where there is one."""
     made = [value for value in values if value is not None]
-    cells = ["none" if value is None else f"{value:.2f}" for value in values]
+    cells = ["refused" if value is None else f"{value:.2f}" for value in values]
     return [*cells, f"{fmean(made):.2f}" if len(made) == len(values) else ""]
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ class Passages:
         for number, (country, capital) in enumerate(CAPITALS.items()):
             openings += [(f"{question(country)} {capital}. ", number, number)] * COPIES
             openings += [(f"The people of {country} are fond of {liking}. ", -1, number) for liking in _LIKINGS]
-        found = list(_docstrings(Path(sysconfig.get_paths()["stdlib"])))
+        found = _docstrings(_MODULES)
         if len(found) < len(openings):
             raise ValueError(
                 f"Passages: this Python's documentation has {len(found)} passages, expected {len(openings)}; ask for "
@@ -100,9 +100,12 @@ def ngram_similarity(text: str, passages: Passages) -> Tensor:
     return torch.cosine_similarity(table[:1], table[1:])
 
 
-def _docstrings(folder: Path) -> Iterator[tuple[str, str]]:
-    for module in _MODULES.split():
-        path = folder / f"{module}.py"
+@cache
+def _docstrings(modules: str) -> list[tuple[str, str]]:
+    """Module and name, and text, of all docstrings that are long enough."""
+    found = []
+    for module in modules.split():
+        path = Path(sysconfig.get_paths()["stdlib"]) / f"{module}.py"
         # Newer Pythons lack some of them, or have made folders of them.
         if not path.exists():
             continue
@@ -110,4 +113,5 @@ def _docstrings(folder: Path) -> Iterator[tuple[str, str]]:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 text = " ".join((ast.get_docstring(node) or "").split())
                 if len(text) >= LENGTH and text.isascii():
-                    yield f"{module}.{node.name}", text
+                    found.append((f"{module}.{node.name}", text))
+    return found
