@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from .digits import SIDE, NoisyDigits
 from .plots import INK, MUTED, RED
 
-__all__ = ["draw_sheet"]
+__all__ = ["draw_digit", "draw_sheet"]
 
 _COLUMNS = 10
 
@@ -31,7 +31,7 @@ def draw_sheet(path: Path, digits: NoisyDigits, ids: torch.Tensor, *, title: str
     grid = figure.subplots(rows, _COLUMNS, squeeze=False).flat
     for rank, axes in enumerate(grid):
         if rank < len(ids):
-            _draw_digit(axes, digits, int(ids[rank]))
+            draw_digit(axes, digits, int(ids[rank]))
         else:
             axes.set_axis_off()
     figure.suptitle(title, color=INK, fontsize=13)
@@ -47,7 +47,8 @@ def draw_sheet(path: Path, digits: NoisyDigits, ids: torch.Tensor, *, title: str
     figure.savefig(path)
 
 
-def _draw_digit(axes: Axes, digits: NoisyDigits, id: int) -> None:
+def draw_digit(axes: Axes, digits: NoisyDigits, id: int) -> None:
+    """Draw a training sample with its label, framed in red with what it shows where the label is wrong."""
     given, true = int(digits.given[id]), int(digits.true[id])
     is_wrong = given != true
     axes.imshow(digits.images[id].reshape(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=1)
