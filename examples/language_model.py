@@ -143,7 +143,7 @@ def train(
     """Train with a start and an order that depend on the seed alone, some left out, recorded if there is a folder."""
     model = build_model(layers=layers, width=WIDTH, length=LENGTH, seed=seed)
     optimizer = make_optimizer(model)
-    # The first steps from random weights would move everything, and who was in them would be behind everything.
+    # The first steps from random weights move most, and who happens to be in them would seem to be behind everything.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
     generator = torch.Generator().manual_seed(seed)
     count = len(passages.texts)
