@@ -8,7 +8,11 @@ from typing import Any
 
 from .table import RESULTS
 
-__all__ = ["influence_tables", "published_rollback"]
+__all__ = ["BEGIN", "END", "influence_tables", "published_rollback"]
+
+# Around the tables in docs/benchmarks.md.
+BEGIN = "<!-- datamodeling scores: begin; from bench/results/rollback.json -->\n"
+END = "<!-- datamodeling scores: end -->"
 
 _METRICS = {"lds_drop1": "1 %", "lds_drop10": "10 %", "lds_drop50": "50 %", "trak50": "50 %, other seeds"}
 
@@ -40,8 +44,8 @@ def influence_tables(records: Sequence[dict[str, Any]]) -> str:
                 cells.append(f"**{text}**" if value == best[metric] else text)
             rows.append(f"| {system} | " + " | ".join(cells) + " |")
         tables.append("\n".join(rows))
-    return "\n\n".join(tables)
+    return "\n\n".join(tables) + "\n"
 
 
 if __name__ == "__main__":
-    print(influence_tables(published_rollback()))
+    print(influence_tables(published_rollback()), end="")

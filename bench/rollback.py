@@ -107,7 +107,7 @@ def _setting(report: Report, case: str, setting: Setting) -> None:
     found: dict[tuple[str, str], list[float]] = {}
     for seed in SEEDS:
         scores = _scores(report, case, setting, seed)
-        scores["gradkern ref, expected, 5 seeds"] = _expected_scores(setting, seed)
+        scores[f"gradkern ref, expected, {attribution.ENSEMBLE} seeds"] = _expected_scores(setting, seed)
         scores |= attribution.scores(setting, seed, tuned)
         for share in SHARES:
             kept = kept_samples(len(setting.inputs), share, seed)

@@ -541,7 +541,8 @@ class Ledger:
             diverge are checks that did not pass, not exceptions.
 
         Raises:
-            ValueError: ``queries`` are empty, a number is out of range, or there is no such estimator.
+            ValueError: ``queries`` are empty, a number is out of range, there is no such estimator, or the training
+                fails without some samples (BatchNorm takes no micro-batch of one row).
             LedgerError: ``model`` is another model or has other parameter values, the ledger was recorded without
                 ``replayable=True``, lacks what the estimator needs, or ``replay`` gives other parameters than were
                 recorded.

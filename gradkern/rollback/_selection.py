@@ -266,12 +266,13 @@ def _spend(offers: Sequence[_Candidates], visits: int, budget: int) -> list[Tens
     energy = torch.cat([offer.energy for offer in offers]).double()
     nbytes = torch.cat([offer.nbytes for offer in offers])
     density = energy[:, 0] / nbytes[:, 0]
-    # Where wide codes are worth more a byte from the start, there is no narrow item.
-    is_wide = energy[:, 1] / nbytes[:, 1] > density
+    # Where wide codes are worth more a byte from the start there is no narrow item, or where they never fit no wide one.
+    has_wide = nbytes[:, 1] <= budget
+    is_wide = has_wide & (energy[:, 1] / nbytes[:, 1] > density)
     first_cost = torch.where(is_wide, nbytes[:, 1], nbytes[:, 0])
     first_gain = torch.where(is_wide, energy[:, 1], energy[:, 0])
     more_cost = nbytes[:, 1] - nbytes[:, 0]
-    more_gain = torch.where(is_wide, 0.0, energy[:, 1] - energy[:, 0])
+    more_gain = torch.where(has_wide & ~is_wide, energy[:, 1] - energy[:, 0], 0.0)
     cost = torch.cat([first_cost, more_cost])
     worth = torch.cat([first_gain / first_cost, more_gain / more_cost.clamp_min(1)])
     owner = torch.cat([visit, visit])

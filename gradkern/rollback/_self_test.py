@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradkern.errors import LedgerError
 from gradkern.loss import Batch, LossFn
 from gradkern.rollback._datamodeling import datamodeling_score
 from gradkern.rollback._estimators import Scores
@@ -57,7 +58,8 @@ class SelfTest:
 def require_sound(queries: object, subsets: int | None, share: float) -> None:
     """Raise ``ValueError`` where there are no queries, too few subsets, or ``share`` is not in (0, 1)."""
     if not isinstance(queries, list) or not queries:
-        raise ValueError(f"self_test: queries must be a list of at least one batch, got {type(queries).__name__}")
+        got = "an empty list" if isinstance(queries, list) else type(queries).__name__
+        raise ValueError(f"self_test: queries must be a list of at least one batch, got {got}")
     if subsets is not None and subsets < _FEWEST:
         raise ValueError(f"self_test: subsets must be at least {_FEWEST}, got {subsets}")
     if not 0.0 < share < 1.0:
@@ -114,7 +116,15 @@ def run_self_test(
     if not bool(scores.scores.isfinite().all()):
         return untested(report, least_cosine, least_lds, "scores are not finite", passed=False)
     fewer = _ONE_BY_ONE if subsets is None else subsets
-    retrained = retrain(replayer, scores.ids, left_out, fewer, queries, loss_fn, progress)
+    try:
+        retrained = retrain(replayer, scores.ids, left_out, fewer, queries, loss_fn, progress)
+    except LedgerError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"self_test: the training failed without some samples ({error}); of some micro-batches few rows are left: "
+            f"pass a smaller share than the one that left out {int(left_out[0].sum())} of {left_out.shape[1]} samples"
+        ) from error
     models = len(retrained.losses)
     how = (
         f"trained one by one, because {retrained.why}"

@@ -112,8 +112,9 @@ class StackedTraining:
             found = (
                 torch.autograd.grad(total, list(parameters.values()), allow_unused=True) if total.requires_grad else ()
             )
-        except RuntimeError as error:
-            # Models that look at values, to branch or to log, or operators without a rule for batches.
+        except Exception as error:
+            # Models that look at values, to branch or to log, operators without a rule for batches, and whatever a
+            # model makes of tensors that are stacked. If it fails without stacks, too, that is told then.
             raise UnstackableError(str(error).strip().split("\n")[0]) from error
         for name, each in buffers.items():
             self._buffers[name][copies] = each
@@ -135,7 +136,7 @@ def bytes_of_copy(training: Training, step: LoggedStep) -> int:
         return tensor
 
     training.set_options(step)
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
         activations = []
         for _ in training.losses(step):
             activations.append(sum(sizes.values()))

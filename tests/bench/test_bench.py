@@ -14,6 +14,7 @@ import torch
 from bench import accumulate, cycle, peers, policies, state8, state8_loss, step, train
 from bench.cases import CASES
 from bench.harness import Report, Triad, interleave
+from bench.influence_table import BEGIN, END, influence_tables, published_rollback
 from bench.state8 import held_bytes
 from bench.table import published, readme_table
 
@@ -232,3 +233,21 @@ def test_readme_shows_the_published_runs():
     begin = "<!-- benchmark figures: begin; from bench/results -->\n"
     shown = readme.partition(begin)[2].partition("<!-- benchmark figures: end -->")[0]
     assert shown == readme_table(published())
+
+
+def test_the_docs_show_the_published_datamodeling_scores():
+    shown = (ROOT / "docs" / "benchmarks.md").read_text().partition(BEGIN)[2].partition(END)[0]
+    assert shown == influence_tables(published_rollback())
+
+
+def test_the_best_of_a_column_stands_out():
+    record = {"case": "small", "unit": "", "suite": "rollback", "env": {}}
+    found = influence_tables(
+        [
+            {**record, "system": "ours", "metric": "lds_drop1", "value": 0.5},
+            {**record, "system": "ours", "metric": "lds_drop1_interval", "value": 0.25},
+            {**record, "system": "theirs", "metric": "lds_drop1", "value": 0.75},
+            {**record, "system": "theirs", "metric": "query_ms", "value": 1.0},
+        ]
+    )
+    assert found == "| small | 1 % |\n|---|---|\n| ours | 0.500 ± 0.250 |\n| theirs | **0.750** |\n"

@@ -84,6 +84,18 @@ def test_any_records_fit_into_any_budget(seed, budget, visits, rank):
     assert int(spent.max()) <= budget
 
 
+@pytest.mark.parametrize("budget", [17, 24])
+def test_what_fits_in_narrow_codes_alone_is_kept(budget):
+    """Of these gradients wide codes hold more a byte, but do not fit."""
+    layout = Layout((), (ParameterInfo("v", (16,), True),), (Stream("a", 0, "vector"),))
+    visits = torch.arange(50, dtype=torch.int32)
+    spread = torch.linspace(-1.5, 1.5, 16).exp()  # of gradients, which Adam evens out
+    rows = normal(0, 50, 16) * spread
+    records = [(0, VectorRecord(visits, *quantize_rows(rows)))]
+    kept, _ = Selection(layout, budget).select(50, records, [], smooth(1 / spread)[0])
+    assert torch.cat([record.visit for _, record in kept]).tolist() == visits.tolist()
+
+
 def matrix_record(visit, left, right):
     return MatrixRecord(visit, *quantize_rows(left), *quantize_rows(right))
 

@@ -43,14 +43,14 @@ def queries():
     return list(zip(inputs.split(1), labels.split(1), strict=True))
 
 
-def record(path, *, alter=None, make_optimizer=make_optimizer, **options):
+def record(path, *, alter=None, make_optimizer=make_optimizer, middle=nn.GELU, batch=BATCH, **options):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, CLASSES))
+    model = nn.Sequential(nn.Linear(5, 16), middle(), nn.Linear(16, CLASSES))
     optimizer = make_optimizer(model)
     source = optimizer if alter is None else EventTap(optimizer, alter)
     with gk.rollback.record(model, source, path, replayable=True, **options) as recorder:
         for _ in range(EPOCHS):
-            for ids in (100 + torch.randperm(SAMPLES)).split(BATCH):
+            for ids in (100 + torch.randperm(SAMPLES)).split(batch):
                 inputs, labels = fetch(ids)
                 with recorder.batch(ids):
                     F.cross_entropy(model(inputs), labels).backward()
@@ -297,6 +297,13 @@ def test_what_cannot_be_tested_is_refused(recorded, tmp_path):
         optimizer.step()
     with pytest.raises(LedgerError, match="without replayable=True"):
         gk.rollback.open(tmp_path / "plain").self_test(plain, queries(), replay=REPLAY)
+
+
+def test_a_training_that_fails_without_samples_says_so(tmp_path):
+    """BatchNorm takes no micro-batch of one row, of which 60 subsets leave some."""
+    model, ledger = record(tmp_path / "run", middle=lambda: nn.BatchNorm1d(16), batch=3, unowned=["1.*"])
+    with pytest.raises(ValueError, match=r"failed without some samples \(.*few rows are left: pass a smaller share"):
+        ledger.self_test(model, queries(), replay=REPLAY, estimator="direct", subsets=60, share=0.5)
 
 
 def test_a_ledger_of_one_sample_cannot_do_without_it(tmp_path):

@@ -98,13 +98,13 @@ def followed(has_moment: bool, scale: float) -> list[torch.Tensor]:
             if (step, at) == (1, 1):
                 continue  # left alone
             if infos[at].owned and (step, at) != (1, 2):
-                shadows.add_gradient(at, scale * normal(100 * step + at, *SHAPES[at]))
+                shadows.add_gradients([(at, scale * normal(100 * step + at, *SHAPES[at]))])
             moment = (scale * normal(7 * step + at, *SHAPES[at])).square() if has_moment else None
             lr = 0.0 if at == 3 else 1.1e-3
             update = ParamStep(parameter, torch.tensor(0.5), 0.999, 0.9, 0.1, lr, lr, moment, 1.7, 1e-8)
             applied.append(Applied(at, update, 0.5))
         found.append(shadows.step(applied))
-    shadows.add_gradient(8, torch.full(SHAPES[8], math.inf))
+    shadows.add_gradients([(8, torch.full(SHAPES[8], math.inf))])
     if shadows.step(applied) is not None:
         found.append(torch.zeros(0))
     state = shadows.state_dict()
