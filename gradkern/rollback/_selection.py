@@ -266,7 +266,7 @@ def _spend(offers: Sequence[_Candidates], visits: int, budget: int) -> list[Tens
     energy = torch.cat([offer.energy for offer in offers]).double()
     nbytes = torch.cat([offer.nbytes for offer in offers])
     density = energy[:, 0] / nbytes[:, 0]
-    # Where wide codes are worth more a byte from the start there is no narrow item, or where they never fit no wide one.
+    # Where wide codes are worth more a byte from the start there is no narrow item; where they never fit, no wide one.
     has_wide = nbytes[:, 1] <= budget
     is_wide = has_wide & (energy[:, 1] / nbytes[:, 1] > density)
     first_cost = torch.where(is_wide, nbytes[:, 1], nbytes[:, 0])
