@@ -85,6 +85,7 @@ PARTS: dict[str, Callable[[Report, int], None]] = {
     "top_k": run_top_k,
     "nations": lambda report, rounds: run_nations(report),
     "finished": lambda report, rounds: _finished(report, "digits, MLP", digits_mlp()),
+    "self_test": lambda report, rounds: _self_test(report, "digits, MLP", digits_mlp()),
     "undo": lambda report, rounds: _undo(report, "digits, MLP", digits_mlp()),
     "settings": lambda report, rounds: _settings(report),
 }
@@ -187,6 +188,19 @@ def _undo(report: Report, case: str, setting: Setting) -> None:
         report.add(
             case, "gradkern fast", f"undo_{count}_helped", 100 * sum(each < 1 for each in found) / len(found), "%"
         )
+
+
+def _self_test(report: Report, case: str, setting: Setting) -> None:
+    """What the library's own test of a ledger finds, and how long it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, ledger = record_run(setting, SEEDS[0], Path(folder) / "ledger", replayable=True)
+        for estimator in ("ref", "direct"):
+            start = time.perf_counter()
+            found = ledger.self_test(model, setting.queries(), replay=_replay(setting), estimator=estimator)
+            report.add(case, f"gradkern {estimator}", "self_test_seconds", time.perf_counter() - start, "s")
+            report.add(case, f"gradkern {estimator}", "self_test_lds", found.lds, "")
+            for end, value in zip(("low", "high"), found.interval, strict=True):
+                report.add(case, f"gradkern {estimator}", f"self_test_lds_{end}", value, "")
 
 
 def _replay(setting: Setting) -> Replay:

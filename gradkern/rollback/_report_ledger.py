@@ -52,7 +52,7 @@ def ledger_section(
         ("recording", "complete" if store.closing else f"ended without close() after {store.steps:,} committed steps"),
         ("steps, visits", f"{store.steps:,}, {_visits(store):,}"),
         ("files", f"{len(store.files):,}, of {_bytes(store):,} bytes"),
-        ("rank of records", store.facts["rank"]),
+        _kept(store.facts),
         ("can be trained again", "yes" if store.facts.get("replayable") == "1" else "no"),
         ("recorded with", f"torch {store.facts.get('torch', '?')}, threads: {store.facts.get('threads', '?')}"),
         ("trained but not recorded", ", ".join(unowned) or "nothing"),
@@ -67,6 +67,13 @@ def ledger_section(
         "<h3>Layers</h3>",
         _layer_table(store, layer_bytes, verified),
     )
+
+
+def _kept(facts: Mapping[str, str]) -> tuple[str, str]:
+    """How much of every visit."""
+    if "bytes_per_visit" in facts:
+        return "bytes of records a visit, at most", f"{int(facts['bytes_per_visit']):,}"
+    return "rank of records", facts["rank"]
 
 
 def _check_row(check: Check) -> tuple[str, ...]:

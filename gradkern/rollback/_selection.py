@@ -34,7 +34,7 @@ from gradkern.rollback._smoothing import smoothed_sizes
 
 __all__ = ["CANDIDATES", "Selection", "least_bytes"]
 
-# Directions of a matrix to choose from. More cost time and left influence as it was on a small GPT-2.
+# Directions of a matrix to choose from; finding more takes more time.
 CANDIDATES = 8
 
 # The largest codes of 4 and of 8 bits.

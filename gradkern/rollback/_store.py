@@ -32,6 +32,8 @@ __all__ = ["Closing", "FileEntry", "StoreReader", "StoreWriter"]
 FORMAT_VERSION = 1
 # Of one rank's shard, which readers that know of no shards would take for a whole ledger.
 _SHARD_FORMAT_VERSION = 2
+# With a budget of bytes, whose records lie otherwise.
+_PACKED_FORMAT_VERSION = 3
 
 _CATALOG = "catalog.sqlite"
 _SEGMENT_FOLDER = "segments"
@@ -469,6 +471,8 @@ class StoreReader:
 
 
 def _version(facts: Mapping[str, str]) -> int:
+    if "bytes_per_visit" in facts:
+        return _PACKED_FORMAT_VERSION
     return _SHARD_FORMAT_VERSION if "shard" in facts else FORMAT_VERSION
 
 

@@ -43,6 +43,8 @@ def test_no_visit_takes_more_than_its_budget(train, make, budget):
     run = train(make(), token_data(), steps=4, bytes_per_visit=budget, steps_per_segment=3)
     ledger = run.ledger()
     assert ledger.bytes_per_visit == budget
+    # Readers that do not know these records refuse them by name.
+    assert ledger._store.facts["format_version"] == "3"
     most = 0
     for segment in read_segments(ledger._store):
         nbytes = stored_bytes(segment, len(segment.visit_ids))
