@@ -247,7 +247,7 @@ class _Scale(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         normalised, weight = ctx.saved_tensors
         input_grad = grad * weight if ctx.needs_input_grad[0] else None
-        weight_grad = (grad * normalised).sum_to_size(weight.shape)
+        weight_grad = (grad * normalised).sum_to_size(weight.shape) if ctx.needs_input_grad[1] else None
         dims = weight.dim()
         ctx.sink.take_norm(ctx.layer, normalised.flatten(-dims), grad.flatten(-dims), weight_grad, None)
         return input_grad, weight_grad, None, None

@@ -98,8 +98,8 @@ class _Sum(NamedTuple):
     version: int
 
 
-# Bytes of factors and gradients that may wait for the end of a backward pass. Small layers are reduced faster together;
-# large ones should not be kept.
+# Bytes of factors, and of gradients, that may wait for the end of a backward pass. Small layers are reduced faster
+# together; large ones should not be kept.
 _MOST_WAITING = 1 << 18
 
 
@@ -141,8 +141,9 @@ class Intake:
         self._compare = False
         self._visits = Visits()
         self._waiting: list[_Matrix] = []
-        self._sums: list[_Sum] = []
         self._waiting_bytes = 0
+        self._sums: list[_Sum] = []
+        self._sums_bytes = 0
         # Of micro-batches as large as the last one.
         self._shapes: dict[tuple[int, torch.Size, torch.Size, bool], Shape] = {}
         self._task = -1  # the backward pass whose end reduces what waits
@@ -176,7 +177,18 @@ class Intake:
         try:
             self._reduce_waiting()  # what a backward pass left that did not end
         finally:
+            self._forget_waiting()
             self._ids = None
+
+    def drop(self) -> None:
+        """Forget everything since the last call of :meth:`take`, and what waits."""
+        self._forget_waiting()
+        self._visits, self._numbers = Visits(), None
+
+    def _forget_waiting(self) -> None:
+        self._waiting, self._waiting_bytes = [], 0
+        self._sums, self._sums_bytes = [], 0
+        self._task = -1
 
     def take(self) -> Visits:
         """Hand over everything since the last call."""
@@ -248,12 +260,11 @@ class Intake:
         self._await_end()
         number = self._streams[stream].parameter
         self._sums.append(_Sum(number, gradient, is_transposed, gradient._version))
-        self._waiting_bytes += gradient.nbytes
+        self._sums_bytes += gradient.nbytes
         parameter: Any = self._parameters[number]
-        if self._waiting_bytes > _MOST_WAITING:
-            self._reduce_all()
-        elif parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            self._add_sums()  # these may change it
+        # Hooks may change it.
+        if self._sums_bytes > _MOST_WAITING or parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            self._add_sums()
 
     def _await_end(self) -> None:
         """Have the end of this backward pass reduce what waits."""
@@ -265,7 +276,7 @@ class Intake:
             torch.autograd.Variable._execution_engine.queue_callback(self._reduce_waiting)
 
     def _add_sums(self) -> None:
-        sums, self._sums = self._sums, []
+        sums, self._sums, self._sums_bytes = self._sums, [], 0
         for each in sums:
             if each.gradient._version != each.version:
                 name = self._names[each.parameter]
@@ -356,9 +367,9 @@ class Intake:
             return
         # Not the sum over samples: an attention key's bias has a gradient of zero up to rounding, which Adam scales to
         # full steps; only the same rounding leads to the same parameter.
+        rows = self._per_sample(layer, grad)
         if bias_grad is not None:
             self._add_later(layer.bias, bias_grad)
-        rows = self._per_sample(layer, grad)
         self._add_vector(layer.bias, VectorRecord(self._visit_numbers(layer), *reduce_vector(rows)), rows)
 
     def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor | None) -> None:

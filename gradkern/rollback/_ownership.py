@@ -158,7 +158,8 @@ def claim(
             f"(without add_bias_kv) and transformers' Conv1D. Pass unowned={unclaimed!r} (patterns allowed) to record "
             f"the rest; the influence that runs through these is then not counted"
         )
-    _mark_output(layers, {name: module for name, module, kind in candidates if kind is LayerKind.LINEAR}, output)
+    linear = {name: module for name, module, kind in candidates if kind is LayerKind.LINEAR}
+    _mark_output(layers, linear, time_first, output)
     layout = Layout(
         model=describe_parameters(model),
         parameters=tuple(
@@ -200,7 +201,9 @@ def _weight_stream(module: nn.Module, kind: LayerKind) -> str:
     return "matrix" if kind is LayerKind.CONVOLUTION and module.groups == 1 else "vector"
 
 
-def _mark_output(layers: list[OwnedLayer], linear: dict[str, nn.Module], output: str | None) -> None:
+def _mark_output(
+    layers: list[OwnedLayer], linear: dict[str, nn.Module], time_first: set[int], output: str | None
+) -> None:
     """Say of one layer, in place, that it gives the logits; one that is not trained is added.
 
     Raises:
@@ -216,7 +219,10 @@ def _mark_output(layers: list[OwnedLayer], linear: dict[str, nn.Module], output:
             layers[at] = replace(layer, is_output=True)
             return
     _require_capturable(name, linear[name])
-    layers.append(OwnedLayer(name, linear[name], LayerKind.LINEAR, None, None, False, is_output=True))
+    is_time_first = id(linear[name]) in time_first
+    layers.append(
+        OwnedLayer(name, linear[name], LayerKind.LINEAR, None, None, False, is_output=True, is_time_first=is_time_first)
+    )
 
 
 def _kind(module: nn.Module) -> LayerKind | None:

@@ -175,7 +175,7 @@ class Recorder:
         Call it when gradients are cleared without a step (a skipped step of a stock ``GradScaler``, a loss
         that was not finite); otherwise the conservation check fails.
         """
-        self._intake.take()
+        self._intake.drop()
         self._shadows.drop_gradients()
 
     def held_bytes(self) -> int:

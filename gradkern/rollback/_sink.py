@@ -12,7 +12,7 @@ __all__ = ["Sink"]
 
 
 class Sink(Protocol):
-    """Receives what backward saw. Tensors are lent: a sink must not keep or change them.
+    """Receives what backward saw. Tensors are lent until the backward pass ends; nobody may change them.
 
     Attributes:
         paused: While True, layers run as if they were not captured.

@@ -362,6 +362,60 @@ def train_classes(model, path, *, steps=9, each_batch=None, **options):
     return gk.rollback.open(path)
 
 
+def test_gradients_outside_a_batch_leave_nothing_behind(tmp_path):
+    """Not even of a bias alone, once they are discarded as the error says."""
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(8, 6)
+    model[2].weight.requires_grad_(False)
+
+    optimizer = gk.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder:
+        for step in range(3):
+            if step == 1:
+                with pytest.raises(LedgerError, match="belongs to no sample"):
+                    (100 * model(inputs)).sum().backward()
+                optimizer.zero_grad()
+                recorder.discard()
+            with recorder.batch(range(8)):
+                nn.functional.cross_entropy(model(inputs), torch.arange(8) % 3).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert gk.rollback.open(tmp_path / "run").verify(model).passed
+
+
+@pytest.mark.parametrize("is_inside", [True, False], ids=["inside", "outside"])
+def test_a_failed_backward_is_discarded_whole(tmp_path, is_inside):
+    """Also where clearing gradients in place changes those that wait, of which they may be."""
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(8, 6)
+    optimizer = gk.AdamW(model.parameters(), lr=1e-2)
+
+    def loss(fails):
+        hidden = model[:2](inputs)
+        return nn.functional.cross_entropy(model[2](Fails.apply(hidden) if fails else hidden), torch.arange(8) % 3)
+
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder:
+        for step in range(3):
+            if step == 1:
+                with recorder.batch(range(100, 108)):
+                    with pytest.raises(RuntimeError, match="out of luck"):
+                        loss(True).backward()
+                    if is_inside:
+                        optimizer.zero_grad(set_to_none=False)
+                        recorder.discard()
+                optimizer.zero_grad()
+                recorder.discard()
+            with recorder.batch(range(8)):
+                loss(False).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ledger = gk.rollback.open(tmp_path / "run")
+    assert ledger.verify(model).passed
+    assert ledger.visits == 24
+    (segment,) = read_segments(ledger._store)
+    assert all(record.visit.tolist() == list(range(24)) for record in segment.records.values())
+
+
 def test_a_layer_in_two_reentrant_segments(tmp_path):
     torch.manual_seed(0)
     model = Shared()
