@@ -114,7 +114,7 @@ def digits_transformer() -> Setting:
         make_model=SequenceClassifier,
         inputs=setting.inputs[:400],
         labels=setting.labels[:400],
-        epochs=6,
+        epochs=8,
         lr=5e-3,
         batch_size=25,
     )
