@@ -61,17 +61,17 @@ def least_bytes(layout: Layout) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:
-    """All that one stream offers.
+    """All that streams of records of one shape offer.
 
     Attributes:
-        entries: Record and direction of every item: numbers of entries and of directions, shape ``(items,)``.
+        entry: Of every item the entry that it is a direction of, shape ``(items,)``.
         visit: Of every item.
         energy: Captured by codes of 4 and of 8 bits, shape ``(items, 2)``.
         nbytes: Likewise.
         forms: The records of all items with either.
     """
 
-    entries: Tensor
+    entry: Tensor
     visit: Tensor
     energy: Tensor
     nbytes: Tensor
@@ -124,22 +124,18 @@ class Selection:
             by_stream[stream].append(record)
         joined = {stream: type(each[0]).join(each) for stream, each in by_stream.items()}
         weights = self._weights(smoothed)
-        offers = {stream: self._offer(stream, record, weights) for stream, record in joined.items()}
-        taken = _spend(list(offers.values()), visits, self._nbytes)
+        # Those of equal shapes together: most models have many small layers.
+        groups: defaultdict[tuple[type[Record], tuple[torch.Size, ...]], list[int]] = defaultdict(list)
+        for stream, record in joined.items():
+            shapes = tuple(tensor.shape[1:] for tensor in record.tensors().values())
+            groups[type(record), shapes].append(stream)
+        offers = [self._offer(streams, joined, weights) for streams in groups.values()]
         chosen: dict[int, tuple[Record, Tensor]] = {}
-        for (stream, offer), form in zip(offers.items(), taken, strict=True):
-            chosen[stream] = _pick(offer, form)
-        kept = [(stream, record) for stream, (record, _) in chosen.items() if len(record.visit)]
-        seen: defaultdict[tuple[int, int], int] = defaultdict(int)
-        compared = []
-        for stream, comparison in comparisons:
-            visit = int(comparison.record.visit[0])
-            # A layer that was called twice was compared twice.
-            entry = (joined[stream].visit == visit).nonzero()[seen[stream, visit]]
-            seen[stream, visit] += 1
-            record, entries = chosen[stream]
-            compared.append((stream, Comparison(record.take(entries == entry), comparison.exact)))
-        return kept, compared
+        for streams, offer, form in zip(groups.values(), offers, _spend(offers, visits, self._nbytes), strict=True):
+            picked = _pick(offer, form, [len(joined[stream].visit) for stream in streams])
+            chosen.update(zip(streams, picked, strict=True))
+        kept = [(stream, chosen[stream][0]) for stream in joined if len(chosen[stream][0].visit)]
+        return kept, _compared(comparisons, joined, chosen)
 
     def _weights(self, smoothed: Tensor) -> dict[int, tuple[Tensor, ...]]:
         """Of every owned parameter the preconditioner: of its rows and columns, or of its elements.
@@ -158,15 +154,49 @@ class Selection:
             return weights
         return {index: tuple(torch.ones_like(each) for each in piece) for index, piece in weights.items()}
 
-    def _offer(self, stream: int, record: Record, weights: Mapping[int, tuple[Tensor, ...]]) -> _Candidates:
-        weight = weights[self._layout.streams[stream].parameter]
+    def _offer(
+        self, streams: Sequence[int], joined: Mapping[int, Record], weights: Mapping[int, tuple[Tensor, ...]]
+    ) -> _Candidates:
+        """Of streams whose records have one shape."""
+        members = [joined[stream] for stream in streams]
+        record = type(members[0]).join(members)
+        own = [weights[self._layout.streams[stream].parameter] for stream in streams]
         if isinstance(record, VectorRecord):
-            return _vectors(record, weight[0] if len(weight) == 1 else torch.outer(*weight).flatten())
+            flat = [weight[0] if len(weight) == 1 else torch.outer(*weight).flatten() for weight in own]
+            return _vectors(record, _for_entries(flat, members))
+        columns = _for_entries([weight[1] for weight in own], members)
         if isinstance(record, EmbeddingRecord):
-            return _matrices(record, weight[0][record.index.long()], weight[1])
+            index = [member.tensors()["index"].long() for member in members]
+            return _matrices(
+                record, torch.cat([weight[0][each] for weight, each in zip(own, index, strict=True)]), columns
+            )
         if isinstance(record, MatrixRecord):
-            return _matrices(record, weight[0].expand(len(record.visit), -1), weight[1])
+            return _matrices(record, _for_entries([weight[0] for weight in own], members), columns)
         raise TypeError(f"of records of {type(record).__name__} none can be chosen")
+
+
+def _for_entries(weights: Sequence[Tensor], members: Sequence[Record]) -> Tensor:
+    """A row for every entry of several records: the weight of its record."""
+    counts = torch.tensor([len(member.visit) for member in members])
+    return torch.stack(list(weights)).repeat_interleave(counts, dim=0)
+
+
+def _compared(
+    comparisons: Sequence[tuple[int, Comparison]],
+    joined: Mapping[int, Record],
+    chosen: Mapping[int, tuple[Record, Tensor]],
+) -> list[tuple[int, Comparison]]:
+    """The comparisons with what was chosen of the entries that they are of."""
+    seen: defaultdict[tuple[int, int], int] = defaultdict(int)
+    compared = []
+    for stream, comparison in comparisons:
+        visit = int(comparison.record.visit[0])
+        # A layer that was called twice was compared twice.
+        entry = (joined[stream].visit == visit).nonzero()[seen[stream, visit]]
+        seen[stream, visit] += 1
+        record, entries = chosen[stream]
+        compared.append((stream, Comparison(record.take(entries == entry), comparison.exact)))
+    return compared
 
 
 def _weights_of(piece: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -189,7 +219,7 @@ def _vectors(record: VectorRecord, weight: Tensor) -> _Candidates:
         energies.append(energy - _square((rows - dequantize_rows(codes, scale)) * weight))
     nbytes = [vector_bytes(rows.shape[1], is_narrow=most == NARROW) for most in _CODES]
     return _Candidates(
-        entries=torch.arange(len(rows)),
+        entry=torch.arange(len(rows)),
         visit=record.visit.long(),
         energy=torch.stack(energies, dim=1),
         nbytes=torch.tensor(nbytes).expand(len(rows), -1),
@@ -198,23 +228,22 @@ def _vectors(record: VectorRecord, weight: Tensor) -> _Candidates:
 
 
 def _matrices(record: MatrixRecord | EmbeddingRecord, row_weight: Tensor, column_weight: Tensor) -> _Candidates:
-    """Of matrices and embeddings: ``row_weight`` has shape ``(n, rows)``, ``column_weight`` ``(columns,)``."""
+    """Of matrices and embeddings: ``row_weight`` has shape ``(n, rows)``, ``column_weight`` ``(n, columns)``."""
     entries, rank, height = record.left.shape
     left = dequantize_rows(record.left, record.left_scale)
     right = dequantize_rows(record.right, record.right_scale)
-    row_weight = row_weight.unsqueeze(1)
-    left, right = _turn(left, right, row_weight, column_weight)
-    left_weight = row_weight.expand(-1, rank, -1).reshape(-1, height)
+    left, right = _turn(left, right, row_weight.unsqueeze(1), column_weight.unsqueeze(1))
+    row_weight, column_weight = (each.repeat_interleave(rank, dim=0) for each in (row_weight, column_weight))
     left, right = left.flatten(0, 1), right.flatten(0, 1)
     visit = record.visit.repeat_interleave(rank)
     forms: list[Record] = []
     energies, nbytes = [], []
-    energy = _square(left * left_weight) * _square(right * column_weight)
+    energy = _square(left * row_weight) * _square(right * column_weight)
     for most in _CODES:
         left_codes, left_scale = quantize_rows(left, most)
         right_codes, right_scale = quantize_rows(right, most)
         # Of the product of two rounded factors; what rounding one changes is nearly orthogonal to the rest.
-        lost = _share(left, dequantize_rows(left_codes, left_scale), left_weight)
+        lost = _share(left, dequantize_rows(left_codes, left_scale), row_weight)
         lost = lost + _share(right, dequantize_rows(right_codes, right_scale), column_weight)
         energies.append(energy * (1.0 - lost).clamp_min(0.0))
         scale = (left_scale * right_scale).unsqueeze(1)
@@ -229,7 +258,7 @@ def _matrices(record: MatrixRecord | EmbeddingRecord, row_weight: Tensor, column
             each = matrix_bytes(height, right.shape[1], is_narrow=is_narrow)
             nbytes.append(torch.full((len(left),), each))
     return _Candidates(
-        entries=torch.arange(entries).repeat_interleave(rank),
+        entry=torch.arange(entries).repeat_interleave(rank),
         visit=visit.long(),
         energy=torch.stack(energies, dim=1),
         nbytes=torch.stack(nbytes, dim=1),
@@ -298,15 +327,20 @@ def _spend(offers: Sequence[_Candidates], visits: int, budget: int) -> list[Tens
     return list(form.split([len(offer.visit) for offer in offers]))
 
 
-def _pick(offer: _Candidates, form: Tensor) -> tuple[Record, Tensor]:
-    """The items that were taken, in order of visits, and the entries that they are of."""
+def _pick(offer: _Candidates, form: Tensor, counts: Sequence[int]) -> list[tuple[Record, Tensor]]:
+    """Of each stream, whose entries there are so many of, the items taken in order of visits, and their entries."""
     items = torch.cat([(form == which).nonzero()[:, 0] for which in (1, 2)])
-    picked = type(offer.forms[0]).join(
-        [each.take(form == which) for each, which in zip(offer.forms, (1, 2), strict=True)]
-    )
+    parts = [each.take(form == which) for each, which in zip(offer.forms, (1, 2), strict=True)]
+    picked = type(offer.forms[0]).join(parts)
     order = items.argsort()
     order = order[offer.visit[items[order]].argsort(stable=True)]
-    return picked.take(order), offer.entries[items[order]]
+    ends = torch.tensor(counts).cumsum(0)
+    stream = torch.searchsorted(ends, offer.entry[items], right=True)
+    found = []
+    for at, (end, count) in enumerate(zip(ends.tolist(), counts, strict=True)):
+        own = order[stream[order] == at]
+        found.append((picked.take(own), offer.entry[items[own]] - (end - count)))
+    return found
 
 
 def _share(rows: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:

@@ -23,10 +23,11 @@ def test_the_transformer_is_recorded_whole_and_retrained_as_it_was_trained(tmp_p
     torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("options", "least"), [({"rank": budgets.TOKENS}, 0.9999), ({"bytes_per_visit": 64_000}, 0.8)])
-def test_a_record_that_is_exact_has_a_cosine_of_one(tmp_path, monkeypatch, options, least):
+@pytest.mark.parametrize(("options", "least"), [({"rank": budgets.TOKENS}, 0.98), ({"bytes_per_visit": 64_000}, 0.85)])
+def test_what_is_recorded_is_near_the_exact_gradient_of_that_sample(tmp_path, monkeypatch, options, least):
     monkeypatch.setattr(budgets, "EPOCHS", 3)
     truth = {}
     _, ledger = budgets._record_gpt2(budgets._pieces()[:32], tmp_path / "run", options, truth)
     (cosine,) = budgets._delta_cosines(ledger, truth)
-    assert least < cosine < 1.0 + 1e-5
+    # With all rows of the factors, what is left is rounding to int8, which the preconditioner enlarges.
+    assert least < cosine < 0.9999
