@@ -62,7 +62,7 @@ class State:
         return {key[len(name) + 1 :]: each for key, each in self.tensors.items() if key.startswith(f"{name}/")}
 
     def sums(self) -> dict[str, Any]:
-        """What :meth:`gradkern.rollback._conservation.Shadows.load_state_dict` takes."""
+        """What :meth:`gradkern.rollback._shadows.Shadows.load_state_dict` takes."""
         sums: dict[str, Any] = dict(self.facts["sums"])
         for path, tensor in self.group("sums").items():
             key, name = path.split("/", 1)
