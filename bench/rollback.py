@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradkern.rollback import Replay, finish
+from gradkern.rollback import Replay, finish, mean_over_runs
 
 from . import attribution
 from .budgets import run_budgets
@@ -164,8 +164,8 @@ def _expected_scores(setting: Setting, seed: int) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
             model, ledger = record_run(setting, other, Path(folder) / "ledger")
             asked = ledger.scores(model, setting.queries(), loss_fn=nn.functional.cross_entropy, mode="expected")
-            found.append(asked.scores)
-    return torch.stack(found).mean(0)
+            found.append(asked)
+    return mean_over_runs(found).scores
 
 
 def _undo(report: Report, case: str, setting: Setting) -> None:

@@ -107,10 +107,10 @@ class TimeFirst:
     ) -> None:
         """See :class:`gradkern.rollback._sink.Sink`, as of the methods below."""
         if weight_grad is not None:
-            weight_grad = F.pad(weight_grad.t() if is_transposed else weight_grad, (0, 0, *self._beside))
-        own = F.pad(self._samples_first(rows), self._beside)
+            weight_grad = _pad(weight_grad.t() if is_transposed else weight_grad, (0, 0, *self._beside))
+        own = _pad(self._samples_first(rows), self._beside)
         is_alike = self._beside == self._beside_bias
-        whole_bias = None if bias_grad is None or not is_alike else F.pad(bias_grad, self._beside_bias)
+        whole_bias = None if bias_grad is None or not is_alike else _pad(bias_grad, self._beside_bias)
         self._sink.take_matrix(layer, own, self._samples_first(columns), weight_grad, whole_bias)
         if bias_grad is not None and not is_alike:
             self.take_bias(layer, rows, bias_grad)
@@ -118,13 +118,13 @@ class TimeFirst:
     def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor | None) -> None:
         """The bias's part alone."""
         if bias_grad is not None:
-            bias_grad = F.pad(bias_grad, self._beside_bias)
-        self._sink.take_bias(layer, F.pad(self._samples_first(grad), self._beside_bias), bias_grad)
+            bias_grad = _pad(bias_grad, self._beside_bias)
+        self._sink.take_bias(layer, _pad(self._samples_first(grad), self._beside_bias), bias_grad)
 
     def take_gradient(self, layer: OwnedLayer, gradient: Tensor, *, of_weight: bool) -> None:
         """What goes to the part of a parameter."""
         around = (0, 0, *self._beside) if of_weight else self._beside_bias
-        self._sink.take_gradient(layer, F.pad(gradient, around), of_weight=of_weight)
+        self._sink.take_gradient(layer, _pad(gradient, around), of_weight=of_weight)
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
         """What the last Linear of all gave, where that is in a Transformer."""
@@ -138,6 +138,11 @@ class TimeFirst:
         if tensor.dim() == 2 and self._samples is not None:
             tensor = tensor.unflatten(0, (-1, self._samples))
         return tensor.transpose(0, 1)
+
+
+def _pad(tensor: Tensor, around: tuple[int, ...]) -> Tensor:
+    """With zeros around; the tensor itself where there are none to add."""
+    return F.pad(tensor, around) if any(around) else tensor
 
 
 def _weight_of(part: OwnedLayer) -> Tensor:

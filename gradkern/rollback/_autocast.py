@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradkern.errors import LedgerError
+from gradkern.rollback._nodes import below_views, require_first_order
 from gradkern.rollback._ownership import LayerKind, OwnedLayer
 from gradkern.rollback._sink import Sink
 
@@ -29,8 +30,6 @@ __all__ = ["autocast_linear", "autocast_product", "norm_input"]
 # Takes a layer's factors: its output's gradient, its input where weight or logits need it, and of which parameters.
 Take = Callable[[Tensor, Tensor | None, bool, bool], None]
 
-_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
-
 # Of autograd's products: what it saves of the input, and where weight and bias are among what they depend on.
 _PRODUCTS = {
     "AddmmBackward0": ("_saved_mat1", 2, 0),
@@ -38,8 +37,9 @@ _PRODUCTS = {
     "ConvolutionBackward0": ("_saved_input", 1, 2),
 }
 
-# In the metadata of a cast's node: what the products have given it so far.
+# In the metadata of a cast's node: the backward pass that is under way, and what the products have given in it so far.
 _PENDING = "gradkern.rollback.pending"
+_NOTHING: tuple[int, Tensor | None] = (-1, None)
 
 
 def autocast_linear(layer: OwnedLayer, sink: Sink, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -147,12 +147,7 @@ def _watch(
             _hand_on(cast, layer, sink, of_weight=of_weight)
 
     def hook(input_grads: Sequence[Tensor | None], output_grads: Sequence[Tensor]) -> None:
-        if torch.is_grad_enabled():
-            raise LedgerError(
-                f"record: a gradient reached layer {layer.name!r} that is to be differentiated again "
-                f"(create_graph=True); what such a gradient does to the parameters cannot be told apart by sample. Run "
-                f"what is not trained on inside 'with recorder.paused()', forward and backward"
-            )
+        require_first_order(layer)
         own: Any = torch._C._current_autograd_node()
         grads = [None if place is None else input_grads[place] for place in at]
         for of_weight, place, each in zip((True, False), at, grads, strict=True):
@@ -179,21 +174,23 @@ def _count(node: Any, place: int | None, grad: Tensor, layer: OwnedLayer, sink: 
     if cast is None:
         sink.take_gradient(layer, grad.float(), of_weight=of_weight)
         return
-    pending = cast.metadata[_PENDING]
-    # In the low precision, one use after the other, as autograd does.
-    cast.metadata[_PENDING] = grad if pending is None else pending + grad
+    # In the low precision, one use after the other, as autograd does. What a failed pass left is of another task.
+    task = torch._C._current_graph_task_id()
+    of_task, pending = cast.metadata[_PENDING]
+    cast.metadata[_PENDING] = task, pending + grad if of_task == task else grad
 
 
 def _hand_on(cast: Any, layer: OwnedLayer, sink: Sink, *, of_weight: bool) -> None:
     """Have the sink take what a cast hands on to the parameter; once for all uses of the cast."""
     if _PENDING in cast.metadata:
         return
-    cast.metadata[_PENDING] = None
+    cast.metadata[_PENDING] = _NOTHING
 
     def hook(input_grads: Sequence[Tensor | None], output_grads: Sequence[Tensor]) -> None:
         own: Any = torch._C._current_autograd_node()
-        total, own.metadata[_PENDING] = own.metadata[_PENDING], None
-        if total is not None:
+        of_task, total = own.metadata[_PENDING]
+        own.metadata[_PENDING] = _NOTHING
+        if total is not None and of_task == torch._C._current_graph_task_id():
             sink.take_gradient(layer, total.float(), of_weight=of_weight)
 
     cast.register_hook(hook)
@@ -201,16 +198,10 @@ def _hand_on(cast: Any, layer: OwnedLayer, sink: Sink, *, of_weight: bool) -> No
 
 def _nodes(node: Any) -> tuple[Any, Any]:
     """The product that made an output, and the node that added the bias afterwards, if that was another; or None."""
-    node = _below_views(node)
+    node = below_views(node)
     if node is None or node.name() != "AddBackward0":
         return node, None
-    return _below_views(node.next_functions[0][0]), node
-
-
-def _below_views(node: Any) -> Any:
-    while node is not None and node.name() in _VIEWS:
-        node = node.next_functions[0][0]
-    return node
+    return below_views(node.next_functions[0][0]), node
 
 
 def _edge(node: Any, place: int | None) -> Any:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from gradkern.errors import LedgerError
 from gradkern.rollback._attention import TimeFirst, attend
 from gradkern.rollback._autocast import autocast_linear, autocast_product, norm_input
+from gradkern.rollback._nodes import below_views, require_first_order
 from gradkern.rollback._ownership import LayerKind, OwnedLayer
 from gradkern.rollback._sink import Sink
 
@@ -97,9 +98,7 @@ class _Linear(torch.autograd.Function):
 
 def _watch(layer: OwnedLayer, sink: Sink, output: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Take a Linear's or Conv1D's factors at the node of ``output``; False where that is none of those known here."""
-    node: Any = output.grad_fn
-    while node is not None and node.name() in _VIEWS:
-        node = node.next_functions[0][0]
+    node = below_views(output.grad_fn)
     name = "" if node is None else node.name()
     if name not in _PRODUCTS:
         return False
@@ -109,12 +108,7 @@ def _watch(layer: OwnedLayer, sink: Sink, output: Tensor, weight: Tensor, bias: 
     version = output._version
 
     def take(input_grads: Sequence[Tensor | None], output_grads: Sequence[Tensor]) -> None:
-        if torch.is_grad_enabled():
-            raise LedgerError(
-                f"record: a gradient reached layer {layer.name!r} that is to be differentiated again "
-                f"(create_graph=True); what such a gradient does to the parameters cannot be told apart by sample. Run "
-                f"what is not trained on inside 'with recorder.paused()', forward and backward"
-            )
+        require_first_order(layer)
         weight_grad = input_grads[-1]
         if weight_grad is None:
             return  # torch.autograd.grad of something else
@@ -145,8 +139,6 @@ def _can_watch(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 _SMALL_LOGITS = 1 << 16  # bytes
-
-_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
 
 # Names of autograd's nodes, and of what they save of their first factor.
 _PRODUCTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}

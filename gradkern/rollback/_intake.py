@@ -145,7 +145,7 @@ class Intake:
         self._sums: list[_Sum] = []
         self._sums_bytes = 0
         # Of micro-batches as large as the last one.
-        self._shapes: dict[tuple[int, torch.Size, torch.Size, bool], Shape] = {}
+        self._shapes: dict[tuple[int, torch.Size, torch.Size, int], Shape] = {}
         self._task = -1  # the backward pass whose end reduces what waits
         self._device = ownership.parameters[0].device if ownership.parameters else torch.device("cpu")
 
@@ -235,15 +235,16 @@ class Intake:
         self._visit_numbers(layer)
         if weight_grad is not None:
             self._add_later(layer.weight, weight_grad, is_transposed)
-        has_bias = bias_grad is not None and layer.bias is not None
+        bias_stream = -1
         if bias_grad is not None and layer.bias is not None:
-            self._add_later(layer.bias, bias_grad)
-        key = (layer.weight, rows.shape, columns.shape, has_bias)
+            bias_stream = layer.bias
+            self._add_later(bias_stream, bias_grad)
+        key = (layer.weight, rows.shape, columns.shape, bias_stream)
         shape = self._shapes.get(key)
         if shape is None:
             self._shapes[key] = shape = Shape(
                 stream=layer.weight,
-                bias_stream=layer.bias if has_bias and layer.bias is not None else -1,
+                bias_stream=bias_stream,
                 tokens=self._tokens(layer, rows),
                 rank=len(self._starts[layer.weight]),
                 height=rows.shape[-1],

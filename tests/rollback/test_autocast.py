@@ -283,3 +283,36 @@ def test_a_gradient_to_be_differentiated_again_is_refused(tmp_path):
             loss = F.cross_entropy(model(inputs), labels)
         with recorder.batch(range(24)), pytest.raises(LedgerError, match="create_graph=True"):
             loss.backward(create_graph=True)
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("out of luck")
+
+
+def test_a_failed_backward_leaves_nothing_in_a_cast_that_is_used_again(tmp_path):
+    """While the context is open autocast keeps the cast, to which one of two uses has given its gradient by then."""
+    torch.manual_seed(0)
+    body, head, (_, labels) = nn.Linear(6, 6), nn.Linear(6, 3), class_data()
+    model = nn.Sequential(body, head)
+    inputs = torch.randn(24, 6)
+    optimizer = gk.AdamW(model.parameters())
+
+    def loss(between):
+        return F.cross_entropy(head(torch.tanh(body(between(torch.tanh(body(inputs)))))), labels)
+
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder:
+        with torch.autocast("cpu", torch.bfloat16):
+            with recorder.batch(range(24)), pytest.raises(RuntimeError, match="out of luck"):
+                loss(Fails.apply).backward()
+            optimizer.zero_grad()
+            recorder.discard()
+            with recorder.batch(range(24)):
+                loss(lambda hidden: hidden).backward()
+        optimizer.step()
+    assert gk.rollback.open(tmp_path / "run").verify(model).passed
