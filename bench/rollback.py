@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ PARTS: dict[str, Callable[[Report, int], None]] = {
     "finished": lambda report, rounds: _finished(report, "digits, MLP", digits_mlp()),
     "self_test": lambda report, rounds: _self_test(report, "digits, MLP", digits_mlp()),
     "undo": lambda report, rounds: _undo(report, "digits, MLP", digits_mlp()),
-    "settings": lambda report, rounds: _settings(report),
+    "estimators": lambda report, rounds: _estimators(report),
+    "peers": lambda report, rounds: _peers(report),
 }
 
 
@@ -98,36 +100,60 @@ def run(report: Report, rounds: int, part: str | None = None) -> None:
             run_part(report, rounds)
 
 
-def _settings(report: Report) -> None:
+def _settings(report: Report, scores_of: Callable[[str, Setting], Callable[[int], dict[str, Tensor]]]) -> None:
+    """Judge scores by retraining: of a setting and then of a seed, by system."""
     for case, make in SETTINGS.items():
-        _setting(report, case, make())
+        setting = make()
+        scores = scores_of(case, setting)
+        found: dict[tuple[str, str], list[float]] = {}
+        for seed in SEEDS:
+            by_system = scores(seed)
+            for metric, kept, losses in _judges(case, seed):
+                for system, each in by_system.items():
+                    found.setdefault((system, metric), []).append(datamodeling_score(each, kept, losses))
+        for (system, metric), values in found.items():
+            report.add(case, system, metric, statistics.fmean(values), "")
+            if len(values) < len(SEEDS):  # a peer failed on some, which was said
+                continue
+            report.add(case, system, f"{metric}_interval", _T * statistics.stdev(values) / math.sqrt(len(values)), "")
 
 
-def _setting(report: Report, case: str, setting: Setting) -> None:
-    tuned = attribution.tune(report, case, setting)
-    found: dict[tuple[str, str], list[float]] = {}
-    for seed in SEEDS:
-        scores = _scores(report, case, setting, seed)
-        scores[f"gradkern ref, expected, {attribution.ENSEMBLE} seeds"] = _expected_scores(setting, seed)
-        scores |= attribution.scores(setting, seed, tuned)
-        for share in SHARES:
-            kept = kept_samples(len(setting.inputs), share, seed)
-            losses = retrained_losses(setting, seed, kept)
-            for system, each in scores.items():
-                value = datamodeling_score(each, kept, losses)
-                found.setdefault((system, f"lds_drop{round(100 * share)}"), []).append(value)
-        if case not in MLPS:
-            continue
+@cache
+def _judges(case: str, seed: int) -> list[tuple[str, Tensor, Tensor]]:
+    """Metrics, each with the subsets and the losses that it is computed from."""
+    setting = SETTINGS[case]()
+    judges = []
+    for share in SHARES:
+        kept = kept_samples(len(setting.inputs), share, seed)
+        judges.append((f"lds_drop{round(100 * share)}", kept, retrained_losses(setting, seed, kept)))
+    if case in MLPS:
         kept = kept_samples(len(setting.inputs), 0.5, seed)
         others = [retrained_losses(setting, 100 * (seed + 1) + other, kept) for other in range(OTHER_SEEDS)]
-        mean_loss = torch.stack(others).mean(0)
-        for system, each in scores.items():
-            found.setdefault((system, "trak50"), []).append(datamodeling_score(each, kept, mean_loss))
-    for (system, metric), values in found.items():
-        report.add(case, system, metric, statistics.fmean(values), "")
-        if len(values) < len(SEEDS):  # a peer failed on some, which was said
-            continue
-        report.add(case, system, f"{metric}_interval", _T * statistics.stdev(values) / math.sqrt(len(values)), "")
+        judges.append(("trak50", kept, torch.stack(others).mean(0)))
+    return judges
+
+
+def _estimators(report: Report) -> None:
+    """Ours."""
+
+    def scores_of(case: str, setting: Setting) -> Callable[[int], dict[str, Tensor]]:
+        def scores(seed: int) -> dict[str, Tensor]:
+            several = {f"gradkern ref, expected, {attribution.ENSEMBLE} seeds": _expected_scores(setting, seed)}
+            return _scores(report, case, setting, seed) | several
+
+        return scores
+
+    _settings(report, scores_of)
+
+
+def _peers(report: Report) -> None:
+    """Those of other packages, tuned before."""
+
+    def scores_of(case: str, setting: Setting) -> Callable[[int], dict[str, Tensor]]:
+        tuned = attribution.tune(report, case, setting)
+        return lambda seed: attribution.scores(setting, seed, tuned)
+
+    _settings(report, scores_of)
 
 
 def _scores(report: Report, case: str, setting: Setting, seed: int) -> dict[str, Tensor]:
