@@ -10,8 +10,8 @@ seeds and half the width of the 95 % interval of that mean (Student's t).
 untouched)`` on the test points, median over sets and seeds; and the share of sets for which it is below 1.
 
 ``finished_*``: of a finished ledger, its bytes by sample, how many times that the deltas take in fp32, and the mean
-cosine of what it gives back with the deltas that the ledger has. What ``bench.budgets``, ``bench.kills``,
-``bench.nations`` and ``bench.top_k`` add is explained there.
+cosine of what it gives back with the deltas that the ledger has. What ``bench.alarm``, ``bench.budgets``,
+``bench.kills``, ``bench.nations`` and ``bench.top_k`` add is explained there.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from gradkern.rollback import Replay, finish, mean_over_runs
 
 from . import attribution
+from .alarm import PlainFisher, run_alarm, swept
 from .budgets import run_budgets
 from .harness import Report
 from .influence import (
@@ -64,7 +65,10 @@ ESTIMATORS = {
 }
 BY_REPLAY = ("gauss_newton", "metagradient")
 
-# Where it takes minutes, not hours, to retrain with other seeds as well and to run the training again with curvature.
+# What `ref` costs is compared with this.
+_PLAIN = "plain empirical Fisher"
+
+# Where it takes minutes, not hours, to retrain with other seeds as well.
 MLPS = ("digits, MLP", "breast cancer, MLP")
 
 # Samples to forget at once, of 1,000, and how many sets of them a seed.
@@ -87,6 +91,7 @@ PARTS: dict[str, Callable[[Report, int], None]] = {
     "nations": lambda report, rounds: run_nations(report),
     "finished": lambda report, rounds: _finished(report, "digits, MLP", digits_mlp()),
     "self_test": lambda report, rounds: _self_test(report, "digits, MLP", digits_mlp()),
+    "alarm": lambda report, rounds: run_alarm(report),
     "undo": lambda report, rounds: _undo(report, "digits, MLP", digits_mlp()),
     "estimators": lambda report, rounds: _estimators(report),
     "peers": lambda report, rounds: _peers(report),
@@ -159,12 +164,10 @@ def _peers(report: Report) -> None:
 def _scores(report: Report, case: str, setting: Setting, seed: int) -> dict[str, Tensor]:
     """Of every estimator, from one recorded run; of the first, what it took."""
     with tempfile.TemporaryDirectory() as folder:
-        model, ledger = record_run(setting, seed, Path(folder) / "ledger", replayable=case in MLPS)
+        model, ledger = record_run(setting, seed, Path(folder) / "ledger", replayable=True)
         queries = setting.queries()
         scores = {}
         for system, (estimator, mode) in ESTIMATORS.items():
-            if estimator in BY_REPLAY and case not in MLPS:
-                continue
             asked: dict[str, Any] = {"loss_fn": nn.functional.cross_entropy, "estimator": estimator, "mode": mode}
             if estimator in BY_REPLAY:
                 asked["replay"] = _replay(setting)
@@ -174,7 +177,10 @@ def _scores(report: Report, case: str, setting: Setting, seed: int) -> dict[str,
             scores[system] = found.scores
             if seed == SEEDS[0]:
                 report.add(case, system, "query_ms", 1e3 * seconds / len(queries), "ms")
+        start = time.perf_counter()
+        scores[_PLAIN] = swept(ledger, model, setting, PlainFisher()).scores
         if seed == SEEDS[0]:
+            report.add(case, _PLAIN, "query_ms", 1e3 * (time.perf_counter() - start) / len(queries), "ms")
             right = (model(setting.test_inputs).argmax(1) == setting.test_labels).float().mean()
             report.add(case, "gradkern", "test_accuracy", 100 * float(right), "%")
             report.add(case, "gradkern", "bytes_per_sample_and_step", ledger.nbytes / ledger.visits, "B")

@@ -15,7 +15,15 @@ import torch
 
 from gradkern.rollback._reduce import dequantize_rows
 
-__all__ = ["RECORD_TYPES", "EmbeddingRecord", "MatrixRecord", "Record", "VectorRecord"]
+__all__ = [
+    "RECORD_TYPES",
+    "EmbeddingRecord",
+    "MatrixRecord",
+    "Record",
+    "VectorRecord",
+    "add_outer",
+    "times_weights",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +119,14 @@ class MatrixRecord(Record):
     def inner(self, weights: torch.Tensor) -> torch.Tensor:
         """See :meth:`Record.inner`."""
         left, right = self._rows()
-        found = ((right @ weights.flatten(2).transpose(1, 2)) * left).sum(dim=-1)
+        found = (times_weights(right, weights) * left.unsqueeze(1)).sum(dim=2).t()
         return found.reshape(len(weights), *self.left_scale.shape).sum(dim=-1)
 
     def add_to(self, sums: torch.Tensor, coefficients: torch.Tensor) -> None:
         """See :meth:`Record.add_to`."""
         left, right = self._rows()
-        scaled = left * coefficients.repeat_interleave(self.left.shape[1], dim=1).unsqueeze(-1)
-        matrices = sums.view(len(sums), sums.shape[1], -1)
-        matrices.baddbmm_(scaled.transpose(1, 2), right.expand(len(sums), -1, -1))
+        own = coefficients.repeat_interleave(self.left.shape[1], dim=1).t().contiguous()
+        add_outer(sums, own.unsqueeze(2) * left.unsqueeze(1), right)
 
     def gradients(self) -> torch.Tensor:
         """Shape ``(n, rows, columns)``."""
@@ -204,6 +211,16 @@ class VectorRecord(Record):
 RECORD_TYPES: Mapping[str, type[Record]] = {
     record.kind: record for record in (MatrixRecord, EmbeddingRecord, VectorRecord)
 }
+
+
+def times_weights(right: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Rows of shape ``(n, columns)`` times many matrices, ``(m, rows, ...)``, as one product: ``(n, m, rows)``."""
+    return torch.nn.functional.linear(right, weights.flatten(2).flatten(0, 1)).view(len(right), *weights.shape[:2])
+
+
+def add_outer(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add to ``sums``, ``(m, rows, ...)``, the outer products of ``left``, ``(n, m, rows)``, with rows of ``right``."""
+    sums.view(sums.shape[0] * sums.shape[1], -1).addmm_(left.flatten(1).t(), right)
 
 
 def _product(

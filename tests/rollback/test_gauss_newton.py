@@ -116,12 +116,12 @@ def test_a_loss_that_does_not_bend_has_no_curvature(loss):
     assert not any(each.any() for each in found)
 
 
-def products(model, ledger, replay, count=3):
+def products(model, ledger, replay, count=3, curvature=None):
     """Of every step from the last: number, directions, and what :class:`GaussNewton` makes of them."""
     layout = ledger._layout
     owned = layout.owned(layout.trained_parameters(model))
-    trajectory = Trajectory(Replayer(ledger._store, model, replay, otherwise="nothing"))
-    curvature = GaussNewton(layout, trajectory)
+    if curvature is None:
+        curvature = GaussNewton(layout, Trajectory(Replayer(ledger._store, model, replay, otherwise="nothing")))
     for step in reversed(range(ledger.steps)):
         directions = {index: torch.randn(count, *each.shape) for index, each in owned.items()}
         sums = {index: torch.zeros_like(each) for index, each in directions.items()}
@@ -211,6 +211,129 @@ def test_language_models_with_tied_weights_and_attention(build, tmp_path):
     found = ledger.scores(model, data[3:5], loss_fn=token_loss, estimator="gauss_newton", replay=replay)
     assert found.ids.tolist() == [0, 1, 2]
     assert bool(found.scores.isfinite().all())
+
+
+PICTURES = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def picture_run(path, model, loss_fn=F.cross_entropy, classes=3):
+    """Two steps of two micro-batches of three pictures each."""
+    labels = torch.arange(6) % classes
+
+    def make(model):
+        return gk.AdamW(model.parameters(), lr=1e-2)
+
+    optimizer = make(model)
+    unowned = ["1.*"] if any(isinstance(each, nn.BatchNorm2d) for each in model.modules()) else []
+    with gk.rollback.record(model, optimizer, path, replayable=True, unowned=unowned) as recorder:
+        for _ in range(2):
+            for ids in torch.arange(6).split(3):
+                with recorder.batch(ids):
+                    (loss_fn(model(PICTURES[ids]), labels[ids]) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    replay = Replay(lambda ids: (PICTURES[ids], labels[ids]), make, loss_fn, accumulate=2)
+    return gk.rollback.open(path), replay, labels
+
+
+def kept_product(model, directions, kept):
+    """Of both micro-batches: the largest eigenvalues of each sample's matrix alone, written out."""
+    parameters = list(model.parameters())
+    flat = torch.cat([each.flatten(1) for each in directions], dim=1)
+    found = torch.zeros_like(flat)
+    for image in PICTURES.split(1):
+        output = model(image)
+        jacobian = torch.stack(
+            [
+                torch.cat([part.flatten() for part in torch.autograd.grad(value, parameters, retain_graph=True)])
+                for value in output.flatten()
+            ]
+        )
+        p = output.detach().softmax(1).flatten()
+        values, vectors = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))
+        for value, vector in list(zip(values, vectors.t(), strict=True))[-kept:]:
+            gradient = vector @ jacobian
+            found += (flat @ gradient).unsqueeze(1) * gradient * value / 6
+    sizes = [each.numel() for each in parameters]
+    return [part.reshape(-1, *each.shape) for part, each in zip(found.split(sizes, dim=1), parameters, strict=True)]
+
+
+def convolutions(classes, groups=1):
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.GELU(),
+        nn.Conv2d(4, 4, 3, padding=1, groups=groups),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(64, classes),
+    )
+
+
+class Tokens(nn.Module):
+    """A Linear and a norm over the rows of a picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.embed(x.squeeze(1)))).mean(dim=1))
+
+
+BY_GRADIENTS = {
+    "convolutions, all of three classes": (lambda: convolutions(3), 3),
+    "convolutions, two of seven": (lambda: convolutions(7), 7),
+    "in groups": (lambda: convolutions(3, groups=2), 3),
+    "tokens": (Tokens, 3),
+    "one row and two classes": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.GELU(), nn.Linear(5, 2)), 2),
+}
+
+
+@pytest.mark.parametrize("name", BY_GRADIENTS)
+def test_where_it_is_cheaper_the_two_largest_directions_of_every_sample_are_kept(name, tmp_path):
+    torch.manual_seed(0)
+    build, classes = BY_GRADIENTS[name]
+    model = build()
+    start = copy.deepcopy(model)
+    ledger, replay, _ = picture_run(tmp_path / "run", model, classes=classes)
+    curvature = GaussNewton(ledger._layout, Trajectory(Replayer(ledger._store, model, replay, otherwise="nothing")))
+    *_, (step, directions, sums) = products(model, ledger, replay, curvature=curvature)
+    assert step == 0
+    assert curvature._gradients is not None
+    assert_near(list(sums.values()), kept_product(start, list(directions.values()), kept=2))
+
+
+def normed_over_the_batch():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+
+def compared_in_pairs(output, labels):
+    return F.cross_entropy(output, labels) + 0.1 * (output[:-1] * output[1:]).sum(dim=1).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("build", "loss_fn"),
+    [(normed_over_the_batch, F.cross_entropy), (lambda: convolutions(3), compared_in_pairs)],
+    ids=["model", "loss"],
+)
+def test_samples_that_mix_are_multiplied_through_the_model(build, loss_fn, tmp_path):
+    torch.manual_seed(0)
+    model = build()
+    start = copy.deepcopy(model)
+    ledger, replay, labels = picture_run(tmp_path / "run", model, loss_fn)
+    curvature = GaussNewton(ledger._layout, Trajectory(Replayer(ledger._store, model, replay, otherwise="nothing")))
+    *_, (step, directions, sums) = products(model, ledger, replay, curvature=curvature)
+    assert step == 0
+    assert curvature._gradients is None
+    owned = [dict(start.named_parameters())[info.name] for info in ledger._layout.parameters if info.owned]
+    expected = [torch.zeros_like(each) for each in directions.values()]
+    for ids in torch.arange(6).split(3):
+        output = start(PICTURES[ids])
+        loss = loss_fn(output, labels[ids]) / 2
+        for each, part in zip(expected, dense_product(loss, output, owned, list(directions.values())), strict=True):
+            each += part
+    assert_near(list(sums.values()), expected)
 
 
 def linear_run(path, steps=12):
