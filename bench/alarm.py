@@ -4,8 +4,9 @@ A sweep carries influence back through the curvature of every step. With another
 steps are too large for it, influence grows on its way and the scores are worse than none; ``UnstableInfluenceError``
 says so. Here sweeps are driven to it: on networks and learning rates like those where the plain empirical Fisher matrix
 was seen to explode (a smooth network, four hundred steps of a ReLU network, steps too large), and with curvatures that
-do: that matrix and three times the reweighted one, which nobody can ask the library for. Of each ``lds_drop10``, ``growth``, the most of any query, and ``alarm``, 1 where that is an error.
-``is_told`` is 1 where the alarm rings or the score is no worse than that of ``direct`` by more than 0.02.
+do: that matrix and three times the reweighted one, neither of which the library offers. Of each ``lds_drop10``,
+``growth``, the most of any query, and ``alarm``, 1 where that is an error. ``is_told`` is 1 where the alarm rings or
+the score is no worse than that of ``direct`` by more than 0.02.
 """
 
 from __future__ import annotations

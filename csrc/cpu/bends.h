@@ -16,28 +16,32 @@ struct BentRow {
 
 class Bends {
  public:
-  static constexpr double kMisfit = 1e-2, kRounding = 1e-5, kTells = 1e-3;
+  static constexpr double kMisfit = 1e-2, kRounding = 1e-5, kTells = 1e-3, kFollows = 2e-2;
 
   Bends(const BentRow* rows, int64_t samples, int64_t tokens, int64_t classes, bool is_declared)
       : rows_(rows), samples_(samples), tokens_(tokens), classes_(classes), is_declared_(is_declared) {}
 
-  // The scale of a loss that is the same for all rows: the lower median, or `known` where too few rows tell.
+  // The scale of a loss that is the same for all rows: the lower median, or `known` where too few rows tell; twice or
+  // half of that where they tell so much, as gradient scalers do.
   double scale(double known) const {
     if (is_declared_) {
       return known;
     }
-    std::vector<double> told;
-    for (int64_t i = 0; i < samples_ * tokens_; ++i) {
-      if (rows_[i].squares >= kTells * kTells && rows_[i].grad_squares > 0.0) {
-        told.push_back(rows_[i].inner / rows_[i].squares);
-      }
+    std::vector<double> told = own_scales(kTells);
+    if (static_cast<int64_t>(told.size()) >= (classes_ == 2 ? 2 : 1)) {
+      return lower_median(told);
     }
-    if (static_cast<int64_t>(told.size()) < (classes_ == 2 ? 2 : 1)) {
+    told = own_scales(kRounding);
+    if (told.empty()) {
       return known;
     }
-    const auto middle = told.begin() + static_cast<int64_t>(told.size() - 1) / 2;
-    std::nth_element(told.begin(), middle, told.end());
-    return *middle;
+    const double ratio = lower_median(told) / known;
+    for (const double factor : {2.0, 0.5}) {
+      if (std::fabs(ratio - factor) <= kFollows * factor) {
+        return known * factor;
+      }
+    }
+    return known;
   }
 
   // Two sums a sample, each in pairs of neighbours.
@@ -56,6 +60,23 @@ class Bends {
   }
 
  private:
+  // Of the rows with at least such a residual.
+  std::vector<double> own_scales(double least) const {
+    std::vector<double> told;
+    for (int64_t i = 0; i < samples_ * tokens_; ++i) {
+      if (rows_[i].squares >= least * least && rows_[i].grad_squares > 0.0) {
+        told.push_back(rows_[i].inner / rows_[i].squares);
+      }
+    }
+    return told;
+  }
+
+  static double lower_median(std::vector<double>& values) {
+    const auto middle = values.begin() + static_cast<int64_t>(values.size() - 1) / 2;
+    std::nth_element(values.begin(), middle, values.end());
+    return *middle;
+  }
+
   double scale_of(const BentRow& row, double scale) const {
     const bool is_fitted = row.squares < kRounding * kRounding;
     double s = is_declared_ ? (is_fitted ? 0.0 : row.inner / row.squares) : scale;

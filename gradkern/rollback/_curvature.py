@@ -32,6 +32,9 @@ _MISFIT, _ROUNDING = 1e-2, 1e-5
 # The least residual that a scale is read from.
 _TELLS = 1e-3
 
+# How near to twice or half of the scale of before, as gradient scalers change it, those of smaller residuals must be.
+_FOLLOWS = 2e-2
+
 # Elements of logits that are looked at together; a few copies of them exist meanwhile.
 _CHUNK = 1 << 20
 
@@ -53,7 +56,8 @@ def measure_bends(
     Args:
         logits: Shape ``(B, T, K)``, fp32.
         grad: Gradient of the loss, of the same shape.
-        scale: That of an earlier micro-batch, for one in which every row is fitted; None if there was none.
+        scale: That of an earlier micro-batch, for one in which every row is fitted, where it may have become twice or
+            half of that; None if there was none.
         is_declared: The loss is known to be a cross-entropy, whose rows may have weights of their own.
 
     Returns:
@@ -85,6 +89,8 @@ def _measure_by_torch(
         # Of two classes every gradient that sums to zero is a multiple of r: only a second row says whether it is ours.
         if int(tells.sum()) >= (2 if logits.shape[-1] == 2 else 1):
             scale = float(own[tells].median())
+        elif scale is not None:
+            scale = _follow(scale, own[~is_fitted & (rows.grad_squares > 0)])
         s = torch.full_like(own, torch.nan if scale is None else scale)
     s = torch.where(rows.grad_squares == 0, 0.0, s)
     # ‖g - s r‖², which rounding may make a little less than 0.
@@ -95,6 +101,16 @@ def _measure_by_torch(
     s = torch.where(fits & (logits.shape[-1] > 1), s, torch.nan)
     sums = [pairs_sum(each.t()) for each in (s**3 * rows.along, s**2 * rows.squares)]
     return torch.stack(sums, dim=-1), scale
+
+
+def _follow(scale: float, own: Tensor) -> float:
+    """An earlier scale, or twice or half of it where rows that are nearly fitted have that."""
+    if len(own):
+        ratio = float(own.median()) / scale
+        for factor in (2.0, 0.5):
+            if abs(ratio - factor) <= _FOLLOWS * factor:
+                return scale * factor
+    return scale
 
 
 def _rows(logits: Tensor, grad: Tensor) -> _Rows:

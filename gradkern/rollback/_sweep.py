@@ -172,7 +172,8 @@ def require_curvature(weights: Tensor) -> None:
         raise NoCurvatureError(
             "this ledger does not hold the curvature of every sample's loss, which is needed to follow later steps: "
             "the model's loss is no cross-entropy with one right class a row, its logits are not those of the layer "
-            "given to record(output=), or the ledger is older; for such there is estimator='direct'"
+            "given to record(output=), the loss was scaled by another number than twice or half of that before where "
+            "every row was fitted, or the ledger is older; for such there is estimator='direct'"
         )
 
 

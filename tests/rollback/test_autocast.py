@@ -253,6 +253,29 @@ def test_rounded_logits_still_tell_a_cross_entropy(tmp_path):
     assert torch.isfinite(scores.scores).all()
 
 
+def test_a_scale_that_grows_while_every_row_is_fitted_leaves_the_curvature_known(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight.copy_(11 * torch.eye(3, 4))  # residuals of some 3e-5
+    inputs, labels = torch.eye(3, 4).repeat(4, 1), torch.arange(3).repeat(4)
+    optimizer, scaler = gk.SGD(model.parameters(), lr=1e-3), gk.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder:
+        for step in range(8):
+            ids = torch.arange(12)
+            with recorder.batch(ids):
+                # Wrong labels tell the scale of the first step, and of that alone.
+                targets = labels.roll(1) if step == 0 else labels
+                scaler.scale(F.cross_entropy(model(inputs), targets)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert scaler.get_scale() == 2.0**12
+    ledger = gk.rollback.open(tmp_path / "run")
+    query = {"loss_fn": F.cross_entropy, "estimator": "ref"}
+    assert torch.isfinite(ledger.scores(model, (inputs[:1], labels[:1]), **query).scores).all()
+
+
 class Beside(nn.Module):
     """Uses a recorded layer's weight, by way of the cast that autocast keeps, without calling the layer."""
 

@@ -79,6 +79,26 @@ def test_where_every_row_is_fitted_the_scale_is_that_of_before():
     assert curvature_weights(measure_bends(logits, far, scale=0.5, is_declared=False)[0]).isnan().all()
 
 
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_where_every_row_is_nearly_fitted_a_scale_that_has_doubled_or_halved_is_followed(classes, factor):
+    logits = torch.zeros(3, 1, classes)
+    logits[..., 0] = torch.tensor([[9.5], [10.0], [11.0]])  # residuals of 3e-4 to 2e-5
+    grad = torch.softmax(logits, -1)
+    grad[..., 0] -= 1.0
+    for known in (0.25, 2.0**16 / 3):
+        expected, scale = measure_bends(logits, known * factor * grad, scale=known * factor, is_declared=False)
+        assert scale == known * factor
+        found, scale = measure_bends(logits, known * factor * grad, scale=known, is_declared=False)
+        assert scale == known * factor
+        assert torch.equal(found, expected)
+        assert torch.isfinite(found).all()
+    # Other factors are another loss.
+    found, scale = measure_bends(logits, 1.5 * grad, scale=1.0, is_declared=False)
+    assert scale == 1.0
+    assert found.isnan().all()
+
+
 def squared_hinge(z, labels):
     right = z.gather(1, labels[:, None])
     others = z.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
