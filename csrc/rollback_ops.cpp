@@ -30,8 +30,8 @@ constexpr int64_t kSerialElements = 65536;
 
 void check_dense(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, int64_t size) {
   STD_TORCH_CHECK(tensor.numel() == size && tensor.is_contiguous() && tensor.scalar_type() == dtype, op, ": ", name,
-                  " must be a contiguous tensor of ", size, " elements, got ", tensor.numel(),
-                  " elements or another dtype");
+                  " must be a contiguous tensor of ", size, " elements of ", dtype, ", got ", tensor.numel(),
+                  tensor.is_contiguous() ? " contiguous elements of " : " strided elements of ", tensor.scalar_type());
 }
 
 const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }

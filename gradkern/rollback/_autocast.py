@@ -12,6 +12,7 @@ precision; by that rounding, which belongs to no sample, the sum of all records 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,7 +26,7 @@ from gradkern.rollback._nodes import below_views, require_first_order
 from gradkern.rollback._ownership import LayerKind, OwnedLayer
 from gradkern.rollback._sink import Sink
 
-__all__ = ["autocast_linear", "autocast_product", "norm_input"]
+__all__ = ["autocast_linear", "autocast_product", "in_full_precision", "norm_input"]
 
 # Takes a layer's factors: its output's gradient, its input where weight or logits need it, and of which parameters.
 Take = Callable[[Tensor, Tensor | None, bool, bool], None]
@@ -224,6 +225,11 @@ def _are_packed() -> bool:
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
+
+
+def in_full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Compute fp32 in fp32 where backward was called under autocast."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def norm_input(kind: LayerKind, input: Tensor) -> Tensor:

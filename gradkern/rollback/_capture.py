@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from gradkern.errors import LedgerError
 from gradkern.rollback._attention import TimeFirst, attend
-from gradkern.rollback._autocast import autocast_linear, autocast_product, norm_input
+from gradkern.rollback._autocast import autocast_linear, autocast_product, in_full_precision, norm_input
 from gradkern.rollback._nodes import below_views, require_first_order
 from gradkern.rollback._ownership import LayerKind, OwnedLayer
 from gradkern.rollback._sink import Sink
@@ -82,7 +82,7 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         input_grad = weight_grad = bias_grad = None
         if ctx.layer.is_output:
-            ctx.sink.take_logits(ctx.layer, F.linear(input, weight, bias), grad)
+            ctx.sink.take_logits(ctx.layer, _logits(input, weight, bias), grad)
         if ctx.needs_input_grad[0]:
             input_grad = (flat @ weight).reshape(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
@@ -124,11 +124,17 @@ def _watch(layer: OwnedLayer, sink: Sink, output: Tensor, weight: Tensor, bias: 
             return
         if layer.is_output:
             intact = None if logits is None or logits._version != version else logits
-            sink.take_logits(layer, F.linear(input, weight, bias) if intact is None else intact, grad)
+            sink.take_logits(layer, _logits(input, weight, bias) if intact is None else intact, grad)
         sink.take_matrix(layer, grad, input, weight_grad, bias_grad, True)
 
     node.register_hook(take)
     return True
+
+
+def _logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Once more."""
+    with in_full_precision(input.device):
+        return F.linear(input, weight, bias)
 
 
 def _can_watch(weight: Tensor, bias: Tensor | None) -> bool:
@@ -336,7 +342,9 @@ def _take_windows(
         sink.take_matrix(layer, rows, columns.flatten(2), weight_grad, bias_grad)
         return
     grouped = rows.unflatten(2, (module.groups, -1)), columns.unflatten(2, (module.groups, -1)).flatten(3)
-    sink.take_vectors(layer, torch.einsum("nlgo,nlgk->ngok", *grouped), weight_grad)
+    with in_full_precision(input.device):
+        products = torch.einsum("nlgo,nlgk->ngok", *grouped)
+    sink.take_vectors(layer, products, weight_grad)
 
 
 def _windows(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradkern.errors import LedgerError
 from gradkern.ops._registry import backend_for
+from gradkern.rollback._autocast import in_full_precision
 from gradkern.rollback._curvature import measure_bends
 from gradkern.rollback._fidelity import Comparison
 from gradkern.rollback._ownership import OwnedLayer, Ownership
@@ -315,11 +316,12 @@ class Intake:
             return
         matrices, self._waiting = self._waiting, []
         visit = self._visit_numbers(matrices[0].layer)
-        if backend_for("record", self._device) != "reference":
-            self._add_block(visit, matrices)
-            return
-        for matrix in matrices:
-            self._add_matrix(visit, matrix)
+        with in_full_precision(self._device):
+            if backend_for("record", self._device) != "reference":
+                self._add_block(visit, matrices)
+                return
+            for matrix in matrices:
+                self._add_matrix(visit, matrix)
 
     def _add_block(self, visit: Tensor, matrices: Sequence[_Matrix]) -> None:
         """In one native call, or in the launches of one."""
@@ -403,7 +405,8 @@ class Intake:
             self._streams[layer.weight].parameter, ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
         )
         index, merged = _merge_equal(ids, grad)
-        reduced = reduce_matrix(None, merged, self._starts[layer.weight])
+        with in_full_precision(self._device):
+            reduced = reduce_matrix(None, merged, self._starts[layer.weight])
         record = EmbeddingRecord(self._visit_numbers(layer), index.to(torch.int32), *reduced)
         self._visits.records.append((layer.weight, record))
         if self._compare:

@@ -276,6 +276,49 @@ def test_a_scale_that_grows_while_every_row_is_fitted_leaves_the_curvature_known
     assert torch.isfinite(ledger.scores(model, (inputs[:1], labels[:1]), **query).scores).all()
 
 
+class Wide(nn.Module):
+    """What recording computes by itself in backward: products of a grouped convolution, and logits that are large."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.inner = nn.Conv2d(4, 8, 3, groups=2), nn.LayerNorm(288), nn.Linear(288, 16)
+        self.embed, self.head = nn.Embedding(10, 16), nn.Linear(16, 3000)
+
+    def forward(self, x):
+        found = torch.relu(self.inner(self.norm(self.conv(x).flatten(1))))
+        return self.head(found[:, None] + self.embed(torch.arange(10).expand(len(x), -1)))
+
+
+@pytest.mark.parametrize("is_lowered", [True, False], ids=["forward too", "forward in fp32"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_backward_may_be_called_under_autocast(is_lowered, backend, tmp_path):
+    torch.manual_seed(0)
+    plain = Wide()
+    inputs, labels = torch.randn(6, 4, 8, 8), torch.randint(3000, (6, 10))
+
+    def run(model, recorder=None):
+        optimizer = gk.AdamW(model.parameters(), lr=1e-3)
+        recording = contextlib.nullcontext() if recorder is None else recorder(model, optimizer)
+        with recording as batch:
+            for _ in range(3):
+                with contextlib.nullcontext() if batch is None else batch.batch(range(6)):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=is_lowered):
+                        output = model(inputs)
+                    with torch.autocast("cpu", torch.bfloat16):
+                        F.cross_entropy(output.flatten(0, 1).float(), labels.flatten()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    recorded = copy.deepcopy(plain)
+    with gk.use_backend(backend):
+        run(plain)
+        run(recorded, lambda model, optimizer: gk.rollback.record(model, optimizer, tmp_path / "run"))
+    for ours, theirs in zip(recorded.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    report = gk.rollback.open(tmp_path / "run").verify(recorded)
+    assert report.passed, str(report)
+
+
 class Beside(nn.Module):
     """Uses a recorded layer's weight, by way of the cast that autocast keeps, without calling the layer."""
 
