@@ -12,6 +12,7 @@ import gc
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradkern.errors import LedgerError
 from gradkern.rollback._layout import Layout
-from gradkern.rollback._shards import shard_facts, shard_path
+from gradkern.rollback._shards import recorded_ranks, require_ranks, shard_facts, shard_path
 from gradkern.rollback._store import StoreWriter
 
 __all__ = ["Ranks", "find_ranks", "unwrapped"]
@@ -110,17 +111,22 @@ class Ranks:
             Exception: This one could not.
         """
         is_new = begun["ledger_id"] is None
-        ledger_id = self._agree(path if is_new else None, layout, begun)
+        ledger_id = self._agree(path, layout, begun, is_new=is_new)
         facts, store, failed = shard_facts(self.index, self.count), None, None
         try:
             store = open_part(shard_path(path, self.index), facts=facts, ledger_id=ledger_id)
         except Exception as error:  # the others wait to hear of it
             failed = error
         everyone = self._gathered(None if failed is None else str(failed))
-        if store is not None and any(told is not None for told in everyone):
-            store.close()
+        if any(told is not None for told in everyone):
+            if store is not None:
+                store.close()
             if is_new:
-                shutil.rmtree(path, ignore_errors=True)
+                # Of the folder only what is this rank's; the last one finds it empty.
+                if store is not None:
+                    shutil.rmtree(shard_path(path, self.index), ignore_errors=True)
+                with suppress(OSError):
+                    path.rmdir()
         for rank, told in enumerate(everyone):
             if failed is None and told is not None:
                 raise LedgerError(f"record: rank {rank} could not open its shard of the ledger: {told}")
@@ -128,15 +134,17 @@ class Ranks:
             raise cast(Exception, failed)
         return store
 
-    def _agree(self, new_path: Path | None, layout: Layout, begun: Mapping[str, object]) -> str:
+    def _agree(self, path: Path, layout: Layout, begun: Mapping[str, object], *, is_new: bool) -> str:
         """A new name for a ledger, the same in all ranks, once they are known to begin the same."""
-        exists = new_path is not None and new_path.exists()
-        everyone = self._gathered((exists, layout.to_json(), dict(begun), uuid.uuid4().hex))
+        is_there = path.exists() if is_new else recorded_ranks(path, self.index)
+        everyone = self._gathered((is_there, layout.to_json(), dict(begun), uuid.uuid4().hex))
         _, text, said, name = everyone[0]
-        for rank, (is_there, their_text, their_said, _) in enumerate(everyone):
-            if is_there:
+        for rank, (found, their_text, their_said, _) in enumerate(everyone):
+            if not is_new:
+                require_ranks(path, found, self.count)
+            elif found:
                 raise LedgerError(
-                    f"record: {str(new_path)!r} exists for rank {rank}, expected a new folder; a ledger is never "
+                    f"record: {str(path)!r} exists for rank {rank}, expected a new folder; a ledger is never "
                     f"overwritten: choose another path or remove it first, or go on with it: resume=, in every rank "
                     f"the state_dict() of its recorder"
                 )

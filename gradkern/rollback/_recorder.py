@@ -30,6 +30,7 @@ from gradkern.rollback._sample_ids import sample_ids
 from gradkern.rollback._segment import StepRecord
 from gradkern.rollback._selection import CANDIDATES, Selection
 from gradkern.rollback._shadows import Applied, Shadows
+from gradkern.rollback._shards import recorded_ranks, require_ranks
 from gradkern.rollback._store import Closing, StoreWriter
 from gradkern.rollback._writer import Writer
 from gradkern.step_event import ParamStep, StepEvent, StepEventSource
@@ -458,6 +459,8 @@ class Recorder:
 
     def _open_store(self, path: Path, kept: Mapping[str, str], resume: Mapping[str, Any] | None) -> StoreWriter:
         if self._ranks is None:
+            if resume is not None:
+                require_ranks(path, recorded_ranks(path, 0), 1)
             return self._open_part(path, kept, resume)
         begun = {**kept, "steps": self._steps, "ledger_id": resume and resume["ledger_id"]}
         return self._ranks.open_shard(path, self._layout, begun, partial(self._open_part, kept=kept, resume=resume))

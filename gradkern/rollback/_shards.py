@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from gradkern.errors import LedgerError
-from gradkern.rollback._store import Closing, StoreReader
+from gradkern.rollback._store import Closing, StoreReader, holds_catalog
 
-__all__ = ["ShardsReader", "open_store", "shard_facts", "shard_path"]
+__all__ = ["ShardsReader", "open_store", "recorded_ranks", "require_ranks", "shard_facts", "shard_path"]
 
 
 def shard_path(path: Path, rank: int) -> Path:
@@ -26,6 +26,23 @@ def shard_path(path: Path, rank: int) -> Path:
 def shard_facts(rank: int, ranks: int) -> dict[str, str]:
     """What the catalog of a shard has beside that of a ledger."""
     return {"shard": str(rank), "shards": str(ranks)}
+
+
+def recorded_ranks(path: Path, rank: int) -> int | None:
+    """How many ranks recorded a ledger, by the shard of one of them, 1 for one process; None if neither is there."""
+    if shard_path(path, rank).is_dir():
+        return int(StoreReader(shard_path(path, rank)).facts.get("shards", 1))
+    return 1 if holds_catalog(path) else None
+
+
+def require_ranks(path: Path, found: int | None, ranks: int) -> None:
+    """Raise ``LedgerError`` where a ledger was recorded by another number of ranks than are to go on with it."""
+    if found is not None and found != ranks:
+        raise LedgerError(
+            f"record: the ledger {str(path)!r} was recorded by {found} {'process' if found == 1 else 'processes'}, and "
+            f"{ranks} would go on with it; a rank goes on with its own samples alone: use as many as then, or record "
+            f"into a new folder"
+        )
 
 
 def open_store(path: Path) -> StoreReader:

@@ -335,6 +335,11 @@ class StoreWriter:
             raise
 
 
+def holds_catalog(path: Path) -> bool:
+    """Whether a folder is that of a ledger, or of a shard."""
+    return (path / _CATALOG).is_file()
+
+
 class StoreReader:
     """Reads a ledger's folder: whatever was committed, and nothing else.
 
@@ -357,7 +362,7 @@ class StoreReader:
         safetensors_torch()
         self.path = path
         catalog = path / _CATALOG
-        if not catalog.is_file():
+        if not holds_catalog(path):
             raise LedgerError(
                 f"{str(path)!r} is no ledger: it has no {_CATALOG}; pass the folder that was given to record()"
             )

@@ -151,7 +151,22 @@ def refused(rank, folder):
 
         StoreWriter.create = full
     messages["one cannot"] = told(lambda: record("refused"))
+
+    def also_full(path, *_):
+        path.parent.mkdir(exist_ok=True)
+        raise OSError("no space left")
+
+    StoreWriter.create = also_full
+    messages["none can"] = told(lambda: record("refused"))
     StoreWriter.create = create
+    alone, trains = made()
+    with gk.rollback.record(alone, trains, folder / f"alone {rank}") as recorder:
+        backward(alone, recorder, even_rows(0, 1, 0, 0))
+        trains.step()
+        trains.zero_grad()
+        state = recorder.state_dict()
+    around = wrapped(alone)
+    messages["count"] = told(lambda: gk.rollback.record(around, trains, folder / f"alone {rank}", resume=state))
     half = Half()
     keeps = wrapped(half.inner)
     both = gk.AdamW(half.parameters())
@@ -417,6 +432,8 @@ def test_a_shard_is_not_gone_on_with_alone(shared, tmp_path):
     optimizer.load_state_dict(optimizer_state)
     with pytest.raises(LedgerError, match="by another rank or other ranks"):
         gk.rollback.record(model, optimizer, tmp_path / "run" / "rank-00000", resume=state)
+    with pytest.raises(LedgerError, match="was recorded by 2 processes, and 1 would go on with it"):
+        gk.rollback.record(model, optimizer, tmp_path / "run", resume=state)
     assert gk.rollback.open(tmp_path / "run").steps == STEPS
 
 
@@ -432,6 +449,8 @@ def test_what_several_ranks_cannot_do_is_refused_in_all_of_them(shared):
         assert "rank 1 trains or records other parameters than rank 0" in messages["layouts"]
         expected = "OSError: no space left" if rank else "LedgerError: record: rank 1 could not open its shard"
         assert messages["one cannot"].startswith(expected)
+        assert messages["none can"] == "OSError: no space left"
+        assert "was recorded by 1 process, and 2 would go on with it" in messages["count"]
         assert "averages the gradients of some trained parameters and not of ['outer.weight'" in messages["half"]
         assert messages["join"].startswith("LedgerError: recorder.batch: training runs in DistributedDataParallel.join")
         assert messages["left"] == []
