@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["DatamodelingScore", "datamodeling_score"]
 
 # Of a normal distribution, how many standard deviations 95 % of it are within.
-_TWO_SIDED_95 = 1.96
+_NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,9 @@ class DatamodelingScore:
 
     Attributes:
         value: Mean over queries of the rank correlation.
-        interval: Of 95 %, for the subsets having been drawn by chance: the value less and plus 1.96 standard errors by
-            the jackknife over subsets, within -1 and 1. The queries are taken as given.
+        interval: Of 95 %, for the subsets having been drawn by chance: the value less and plus the standard error by
+            the jackknife over subsets times the quantile of Student's t for so many, within -1 and 1. The queries are
+            taken as given.
         by_query: The rank correlation of every query, fp64, shape ``(queries,)``; 0 where losses or scores do not
             differ.
     """
@@ -55,8 +56,23 @@ def datamodeling_score(scores: Tensor, left_out: Tensor, losses: Tensor) -> Data
         ]
     )
     variance = (subsets - 1) / subsets * (without_one - without_one.mean()).square().sum()
-    value, reach = float(by_query.mean()), _TWO_SIDED_95 * math.sqrt(float(variance))
+    value, reach = float(by_query.mean()), _student_95(subsets - 1) * math.sqrt(float(variance))
     return DatamodelingScore(value, (max(value - reach, -1.0), min(value + reach, 1.0)), by_query)
+
+
+def _student_95(freedom: int) -> float:
+    """How many standard deviations 95 % are within, by the expansion in 1 / ``freedom`` (Abramowitz and Stegun 26.7.5).
+
+    Too low by 0.004 at 3, by less than 0.0002 from 9 on.
+    """
+    z = _NORMAL_95
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
 def _rank_correlation(left: Tensor, right: Tensor) -> Tensor:

@@ -240,14 +240,14 @@ class Ledger:
         queries: Sequence[object] | None = None,
         k: int = 10,
         title: str = "Which training samples did this?",
-        verified: VerifyReport | None = None,
+        verified: VerifyReport | SelfTest | None = None,
     ) -> None:
         """Write a self-contained HTML page on what the ledger answered, and on the ledger.
 
-        Of each query it has the samples with the highest and lowest scores and how those of all are spread; of the
-        ledger its size and settings, and of each layer its share of the recorded update and of the bytes. The page has
-        all its images inside, runs no script and loads nothing. It appears complete or not at all; an older one is
-        replaced.
+        Of each query it has the samples with the highest and lowest scores, with their errors, and how those of all are
+        spread; of the ledger its size and settings, and of each layer its share of the recorded update and of the
+        bytes. The page has all its images inside, runs no script and loads nothing. It appears complete or not at all;
+        an older one is replaced.
 
         What shows a sample or query is a text, an image, or a tuple of those, such as an image and its label. Images
         are of Pillow, or tensors or numpy arrays in uint8 (0 to 255), bool or a floating dtype (0 to 1), of shape
@@ -262,7 +262,7 @@ class Ledger:
             queries: What shows each query, in the order of ``scores``.
             k: Most samples to list of those that helped, and of those that harmed.
             title: Heading of the page.
-            verified: What :meth:`verify` returned, to be included.
+            verified: What :meth:`verify` or :meth:`self_test` returned, to be included.
 
         Raises:
             TypeError: ``scores`` or something to show is none of the above.

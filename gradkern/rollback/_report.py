@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from gradkern._page import Html, document, figure, section, table
 from gradkern.rollback._estimators import Scores
 from gradkern.rollback._histogram import histogram, signed
 from gradkern.rollback._report_ledger import headline, ledger_section
+from gradkern.rollback._self_test import SelfTest
 from gradkern.rollback._showing import Showing, render
 from gradkern.rollback._store import StoreReader
 from gradkern.rollback._tensor_file import write_whole
@@ -33,6 +35,7 @@ _NOTHING = Showing("", is_tile=False)
 class _Entry:
     id: int
     score: float
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,15 @@ def write_report(
     queries: Sequence[object] | None,
     k: int,
     title: str,
-    verified: VerifyReport | None,
+    verified: VerifyReport | SelfTest | None,
 ) -> None:
     """Write the page; see :meth:`gradkern.rollback.Ledger.report`."""
     require_k(k)
+    if not isinstance(verified, VerifyReport | SelfTest | None):
+        raise TypeError(
+            f"report: verified must be what ledger.verify(...) or ledger.self_test(...) returned, got "
+            f"{type(verified).__name__}"
+        )
     asked = _queries(scores, queries, k)
     showings = {entry.id: _NOTHING for query in asked for entry in (*query.helped, *query.harmed)}
     if show is not None:
@@ -119,19 +127,23 @@ def _queries(scores: Scores | None, contents: Sequence[object] | None, k: int) -
             f"report: got {len(contents)} queries to show and scores for {len(rows)}; pass what shows each, in "
             "the order of the scores"
         )
+    errors = torch.full_like(rows, torch.nan) if scores.errors is None else scores.errors.detach().cpu().view_as(rows)
     shown = [None] * len(rows) if contents is None else contents
-    return [_query(content, scores.ids.cpu(), row, k) for content, row in zip(shown, rows, strict=True)]
+    return [
+        _query(content, scores.ids.cpu(), row, own_errors, k)
+        for content, row, own_errors in zip(shown, rows, errors, strict=True)
+    ]
 
 
-def _query(content: object, ids: Tensor, scores: Tensor, k: int) -> _Query:
+def _query(content: object, ids: Tensor, scores: Tensor, errors: Tensor, k: int) -> _Query:
     # Stable: of equal scores the smaller id comes first, as in Ledger.explain.
     rising = scores.sort(stable=True).indices[:k]
     falling = scores.sort(descending=True, stable=True).indices[:k]
     return _Query(
         content,
         scores,
-        helped=tuple(_Entry(int(ids[at]), float(scores[at])) for at in falling if scores[at] > 0),
-        harmed=tuple(_Entry(int(ids[at]), float(scores[at])) for at in rising if scores[at] < 0),
+        helped=tuple(_Entry(int(ids[at]), float(scores[at]), float(errors[at])) for at in falling if scores[at] > 0),
+        harmed=tuple(_Entry(int(ids[at]), float(scores[at]), float(errors[at])) for at in rising if scores[at] < 0),
     )
 
 
@@ -210,8 +222,13 @@ def _list(
 
 def _item(entry: _Entry, side: str, showing: Showing, widest: float, is_tile: bool) -> str:
     width = 100 * abs(entry.score) / widest
+    error = ""
+    if math.isfinite(entry.error):
+        error = (
+            f'<span class="error" title="how far it scatters over the visits of the sample">±{entry.error:.1g}</span>'
+        )
     who = (
-        f'<div class="who"><data class="score" value="{entry.score!r}">{signed(entry.score)}</data>'
+        f'<div class="who"><data class="score" value="{entry.score!r}">{signed(entry.score)}</data>{error}'
         f'<span class="bar" aria-hidden="true"><span style="width:{width:.1f}%"></span></span>'
         f'<span class="id">sample {entry.id}</span></div>'
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from gradkern._page import Html, cards, mib, section, table
 from gradkern.rollback._estimators import Scores
+from gradkern.rollback._self_test import SelfTest
 from gradkern.rollback._store import StoreReader
 from gradkern.rollback._verify import Check, VerifyReport
 
@@ -27,7 +28,7 @@ class _Layer:
     cosines: list[float] = field(default_factory=list)
 
 
-def headline(store: StoreReader, scores: Scores | None, verified: VerifyReport | None) -> str:
+def headline(store: StoreReader, scores: Scores | None, verified: VerifyReport | SelfTest | None) -> str:
     """Return the figures to see first."""
     nbytes, visits = _bytes(store), _visits(store)
     entries = [
@@ -44,7 +45,7 @@ def headline(store: StoreReader, scores: Scores | None, verified: VerifyReport |
 
 
 def ledger_section(
-    store: StoreReader, layer_bytes: Mapping[tuple[str, str], int], verified: VerifyReport | None
+    store: StoreReader, layer_bytes: Mapping[tuple[str, str], int], verified: VerifyReport | SelfTest | None
 ) -> str:
     """Return what was recorded, whether it is sound, and how it is spread over the layers."""
     unowned = [info.name for info in store.layout.parameters if not info.owned]
@@ -52,6 +53,7 @@ def ledger_section(
         ("recording", "complete" if store.closing else f"ended without close() after {store.steps:,} committed steps"),
         ("steps, visits", f"{store.steps:,}, {_visits(store):,}"),
         ("files", f"{len(store.files):,}, of {_bytes(store):,} bytes"),
+        *([("recorded by", f"{len(store.parts)} processes together")] if len(store.parts) > 1 else []),
         _kept(store.facts),
         ("can be trained again", "yes" if store.facts.get("replayable") == "1" else "no"),
         ("recorded with", f"torch {store.facts.get('torch', '?')}, threads: {store.facts.get('threads', '?')}"),
@@ -78,11 +80,16 @@ def _kept(facts: Mapping[str, str]) -> tuple[str, str]:
 
 def _check_row(check: Check) -> tuple[str, ...]:
     style, word = _MARKS[check.passed]
-    numbers = ("" if each is None else f"{each:.3g}" for each in (check.value, check.limit))
-    return check.name, Html(f'<span class="{style}">{word}</span>'), *numbers, check.detail
+    value = "" if check.value is None else f"{check.value:.3g}"
+    limit = "" if check.limit is None else f"at most {check.limit:.3g}"
+    if check.least is not None:
+        limit = f"at least {check.least:.3g}"
+    return check.name, Html(f'<span class="{style}">{word}</span>'), value, limit, check.detail
 
 
-def _layer_table(store: StoreReader, layer_bytes: Mapping[tuple[str, str], int], verified: VerifyReport | None) -> str:
+def _layer_table(
+    store: StoreReader, layer_bytes: Mapping[tuple[str, str], int], verified: VerifyReport | SelfTest | None
+) -> str:
     layers = _layers(store, layer_bytes, verified)
     total_sq = sum(layer.moved_sq for layer in layers.values())
     total_bytes = sum(layer.nbytes for layer in layers.values())
@@ -112,7 +119,7 @@ def _layer_table(store: StoreReader, layer_bytes: Mapping[tuple[str, str], int],
 
 
 def _layers(
-    store: StoreReader, layer_bytes: Mapping[tuple[str, str], int], verified: VerifyReport | None
+    store: StoreReader, layer_bytes: Mapping[tuple[str, str], int], verified: VerifyReport | SelfTest | None
 ) -> dict[tuple[str, ...], _Layer]:
     """By the names of the layers that share the parameters."""
     layout = store.layout

@@ -14,7 +14,7 @@ from gradkern.rollback._datamodeling import datamodeling_score
 from gradkern.rollback._estimators import Scores
 from gradkern.rollback._replay import Replayer
 from gradkern.rollback._retraining import retrain
-from gradkern.rollback._verify import Check, VerifyReport, report_lines
+from gradkern.rollback._verify import Check, Compression, VerifyReport, report_lines
 
 __all__ = ["SelfTest", "choose_subsets", "require_sound", "run_self_test", "untested"]
 
@@ -34,6 +34,7 @@ class SelfTest:
         lds: The linear datamodeling score; None where it was not found.
         interval: Of 95 % around it, by the jackknife over subsets; None likewise.
         by_query: The rank correlation of every query, fp64, shape ``(queries,)``; None likewise.
+        compression: As that of :class:`VerifyReport`.
         subsets: Models that were trained again.
         together: Whether they were trained in stacks; False: one by one.
     """
@@ -45,6 +46,7 @@ class SelfTest:
     by_query: Tensor | None = None
     subsets: int = 0
     together: bool = False
+    compression: tuple[Compression, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -84,7 +86,7 @@ def untested(report: VerifyReport, least_cosine: float, least_lds: float, why: s
     """The report where no model was trained."""
     cosines = _reconstruction(report, least_cosine)
     checks = (*report.checks, cosines, Check(_NAME, passed, None, None, why, least_lds))
-    return SelfTest(checks, cosines.value)
+    return SelfTest(checks, cosines.value, compression=report.compression)
 
 
 def run_self_test(
@@ -151,6 +153,7 @@ def run_self_test(
         found.by_query,
         models,
         retrained.why is None,
+        report.compression,
     )
 
 

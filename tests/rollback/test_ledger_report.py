@@ -123,6 +123,15 @@ def test_lists_are_the_highest_and_lowest_scores_to_the_last_bit(train, token_mo
         assert helped == [(id, score) for score, id in reversed(pairs[-4:]) if score > 0]
 
 
+def test_errors_are_shown_beside_their_scores_where_there_are_any(ledger, tmp_path):
+    scores = torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64)
+    errors = torch.tensor([0.25, 0.5, math.nan], dtype=torch.float64)
+    ledger.report(tmp_path / "a.html", Scores(torch.arange(3), scores, errors))
+    assert [text for _, text in read(tmp_path / "a.html").find("span", class_="error")] == ["±0.2", "±0.5"]
+    ledger.report(tmp_path / "b.html", Scores(torch.arange(3), scores))
+    assert not read(tmp_path / "b.html").find("span", class_="error")
+
+
 def test_equal_scores_are_listed_by_id_and_zero_is_on_neither_side(ledger, tmp_path):
     scores = Scores(torch.tensor([2, 5, 7, 8]), torch.tensor([0.5, 0.5, 0.0, -1.0], dtype=torch.float64))
     ledger.report(tmp_path / "a.html", scores)
@@ -363,6 +372,12 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_written(ledger, tmp_
             r"\(queries, samples\) for \(3,\) ids, got \(2, 4\)",
         ),
         (Scores(torch.arange(2), torch.tensor([1.0, math.nan])), {}, ValueError, r"1 of 2 scores are not finite"),
+        (
+            None,
+            {"verified": True},
+            TypeError,
+            r"what ledger.verify\(...\) or ledger.self_test\(...\) returned, got bool",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(ledger, tmp_path, scores, options: dict[str, Any], error, message):

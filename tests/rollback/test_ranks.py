@@ -580,6 +580,12 @@ def test_a_shard_without_some_records_fails_the_report(recorded):
     assert not report.passed
 
 
+def test_a_report_says_how_many_ranks_there_were(recorded, tmp_path):
+    path, _ = recorded
+    gk.rollback.open(path).report(tmp_path / "report.html")
+    assert "2 processes together" in (tmp_path / "report.html").read_text()
+
+
 def test_the_commands_take_the_folder_of_all_shards(recorded):
     path, model = recorded
     before = gk.rollback.open(path).scores(model, QUERY, loss_fn=token_loss)

@@ -11,7 +11,7 @@ from torch import nn
 
 import gradkern as gk
 from gradkern.errors import LedgerError
-from gradkern.rollback import Ledger, Replay, Scores
+from gradkern.rollback import Ledger, Replay, Scores, _datamodeling
 from gradkern.rollback._datamodeling import datamodeling_score
 from gradkern.testing import same_bits
 
@@ -124,7 +124,12 @@ def test_the_interval_covers_the_score_of_infinitely_many_subsets():
     assert 0.2 < truth < 0.8
 
 
-def test_a_sound_ledger_passes(recorded):
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.1824), (9, 2.2622), (24, 2.0639), (199, 1.9720)])
+def test_the_quantile_is_students(freedom, quantile):
+    assert _datamodeling._student_95(freedom) == pytest.approx(quantile, abs=5e-3)
+
+
+def test_a_sound_ledger_passes(recorded, tmp_path):
     model, ledger = recorded
     before = [each.clone() for each in model.parameters()]
     random_numbers, told = torch.get_rng_state(), []
@@ -147,6 +152,14 @@ def test_a_sound_ledger_passes(recorded):
     assert torch.equal(torch.get_rng_state(), random_numbers)
     assert all(map(same_bits, model.parameters(), before))
     assert model.training
+    page = tmp_path / "report.html"
+    ledger.report(page, verified=test)
+    html = page.read_text()
+    assert "verification" in html
+    assert "reconstruction" in html
+    assert "linear datamodeling score" in html
+    assert "at least 0.3" in html
+    assert "mean over samples, the lowest of the parameters" in html
 
 
 def test_the_score_is_that_of_models_from_undo(recorded):
