@@ -5,9 +5,9 @@ calls, so for fp32 they are bit-equal to the layer's own. In backward it also ha
 gradient to a :class:`~gradkern.rollback._sink.Sink`. Nothing is taken in forward: a recomputed layer (activation
 checkpointing) is seen once. Under autocast products are left to torch, see :mod:`gradkern.rollback._autocast`.
 
-A Linear or Conv1D mostly needs no function of ours: a hook on autograd's own node reads there what it saved, at a third
-of the time. Where hooks on saved tensors are active (checkpointing, offloading) a tensor may be unpacked only once, by
-its node, so there it does.
+A Linear, Conv1D or LayerNorm mostly needs no function of ours: a hook on autograd's own node reads there what it
+saved, at a third of the time. Where hooks on saved tensors are active (checkpointing, offloading) a tensor may be
+unpacked only once, by its node, so there ours stands in.
 """
 
 from __future__ import annotations
@@ -131,6 +131,27 @@ def _watch(layer: OwnedLayer, sink: Sink, output: Tensor, weight: Tensor, bias: 
     return True
 
 
+def _watch_norm(layer: OwnedLayer, sink: Sink, output: Tensor) -> bool:
+    """As :func:`_watch`, of a LayerNorm."""
+    node = output.grad_fn
+    if node is None or node.name() != "NativeLayerNormBackward0":
+        return False
+    dims = len(cast(Any, layer.module).normalized_shape)
+
+    def take(input_grads: Sequence[Tensor | None], output_grads: Sequence[Tensor]) -> None:
+        require_first_order(layer)
+        _, weight_grad, *rest = input_grads
+        bias_grad = rest[0] if rest else None
+        if weight_grad is None and bias_grad is None:
+            return  # torch.autograd.grad of something else
+        own: Any = torch._C._current_autograd_node()
+        normalised = (own._saved_input - own._saved_result1) * own._saved_result2
+        sink.take_norm(layer, normalised.flatten(-dims), output_grads[0].flatten(-dims), weight_grad, bias_grad)
+
+    node.register_hook(take)
+    return True
+
+
 def _logits(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Once more."""
     with in_full_precision(input.device):
@@ -144,7 +165,8 @@ def _can_watch(weight: Tensor, bias: Tensor | None) -> bool:
     return trained and is_plain and torch._C._functorch.peek_interpreter_stack() is None
 
 
-_SMALL_LOGITS = 1 << 16  # bytes
+# Bytes of logits that are kept from forward, beside the log-probabilities of as many that the loss keeps.
+_SMALL_LOGITS = 1 << 21
 
 # Names of autograd's nodes, and of what they save of their first factor.
 _PRODUCTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
@@ -402,8 +424,12 @@ def _embedding(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
 
 
 def _layer_norm(layer: OwnedLayer, sink: Sink, input: Tensor) -> Any:
-    module = layer.module
+    module: Any = layer.module
     input = norm_input(layer.kind, input)
+    if _can_watch(module.weight, module.bias):
+        output = F.layer_norm(input, module.normalized_shape, module.weight, module.bias, module.eps)
+        if _watch_norm(layer, sink, output):
+            return output
     return _apply(_LayerNorm, input, module.weight, module.bias, module.normalized_shape, module.eps, layer, sink)
 
 

@@ -51,12 +51,10 @@ class Visits:
         return sum(len(ids) for ids in self.ids)
 
     def to_host(self) -> Visits:
-        """The same with all records in host memory, for which a GPU is waited for once."""
+        """The same with all records in host memory, for which a device is waited for once."""
         tables = [record.tensors() for _, record in self.records]
         tensors = [*(block.content for block in self.blocks), *(each for _, each in self.bends)]
         tensors += [tensor for table in tables for tensor in table.values()]
-        if all(tensor.device.type == "cpu" for tensor in tensors):
-            return self
         copies = iter(to_host(*tensors))
         blocks = [block._replace(content=next(copies)) for block in self.blocks]
         bends = [(numbers, next(copies)) for numbers, _ in self.bends]
@@ -148,6 +146,7 @@ class Intake:
         # Of micro-batches as large as the last one.
         self._shapes: dict[tuple[int, torch.Size, torch.Size, int], Shape] = {}
         self._task = -1  # the backward pass whose end reduces what waits
+        self._is_on_host = all(parameter.device.type == "cpu" for parameter in ownership.parameters)
         self._device = ownership.parameters[0].device if ownership.parameters else torch.device("cpu")
 
     @property
@@ -192,11 +191,11 @@ class Intake:
         self._task = -1
 
     def take(self) -> Visits:
-        """Hand over everything since the last call."""
+        """Hand over everything since the last call, in host memory."""
         if self.active:
             self._reduce_waiting()  # a step inside the batch, or after a backward pass that did not end
         visits, self._visits, self._numbers = self._visits, Visits(), None
-        return visits
+        return visits if self._is_on_host else visits.to_host()
 
     def nbytes(self) -> int:
         """Bytes held now."""
@@ -353,6 +352,9 @@ class Intake:
 
     def take_logits(self, layer: OwnedLayer, logits: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._sink.Sink`."""
+        is_guessed = layer.weight is None and layer.bias is None and not self._is_declared
+        if is_guessed and self._tokens_of(len(self._require_ids(layer)), logits) is None:
+            return  # a frozen layer that nobody named, and whose rows are no samples', has no logits
         logits, grad = self._per_sample(layer, logits), self._per_sample(layer, grad)
         bends, self.scale = measure_bends(logits, grad, scale=self.scale, is_declared=self._is_declared)
         self._visits.bends.append((self._visit_numbers(layer), bends))
@@ -437,17 +439,22 @@ class Intake:
     def _tokens(self, layer: OwnedLayer, tensor: Tensor) -> int:
         """How many rows every sample has, of ``(B, ..., N)`` or sample-major ``(B * T, N)``."""
         samples = len(self._require_ids(layer))
-        leading = tensor.shape[:-1]
-        if len(leading) == 1 and leading[0] > 0 and leading[0] % samples == 0:
-            return leading[0] // samples
-        if len(leading) > 1 and leading[0] == samples:
-            return leading[1:].numel()
+        tokens = self._tokens_of(samples, tensor)
+        if tokens is not None:
+            return tokens
         raise LedgerError(
-            f"record: layer {layer.name!r} saw rows of shape {tuple(leading)} for {samples} sample ids; "
+            f"record: layer {layer.name!r} saw rows of shape {tuple(tensor.shape[:-1])} for {samples} sample ids; "
             f"expected the first dimension to be the {samples} samples, or one dimension of a multiple of "
             f"{samples} rows, sample by sample. Pass recorder.batch one id per row of the micro-batch, or "
             f"exclude the layer with unowned={[f'{layer.name}.*']!r}"
         )
+
+    @staticmethod
+    def _tokens_of(samples: int, tensor: Tensor) -> int | None:
+        leading = tensor.shape[:-1]
+        if len(leading) == 1 and leading[0] > 0 and leading[0] % samples == 0:
+            return leading[0] // samples
+        return leading[1:].numel() if len(leading) > 1 and leading[0] == samples else None
 
     def _per_sample_rows(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """View an embedding's ids and gradient as ``(B, T)`` and ``(B, T, columns)``."""

@@ -40,8 +40,12 @@ __all__ = ["RecordableOptimizer", "Recorder"]
 # Directions of a matrix that are kept where nobody says how many.
 _RANK = 2
 
-# Every so many steps the first sample of each micro-batch is compared exactly with its compressed record.
-_COMPARE_EVERY = 8
+# Every so many steps, of the first so many, the first sample of each micro-batch is compared exactly with its record,
+# and what was captured with the gradients; and every so many later.
+_COMPARE_EVERY, _EARLY, _COMPARE_LATER = 8, 128, 64
+
+# Every so many steps of a replayable run the model's digest is kept.
+_DIGEST_EVERY = 8
 
 # The scalars of a parameter that a step left alone.
 _LEFT_ALONE = (math.nan,) * 5
@@ -152,7 +156,7 @@ class Recorder:
         if self._ranks is not None:
             self._ranks.require_even()
         state = None if self._replayed is None else torch.get_rng_state()
-        self._intake.begin(numbers, compare=self._steps % _COMPARE_EVERY == 0, state=state)
+        self._intake.begin(numbers, compare=self._is_compared(), state=state)
         try:
             yield
         finally:
@@ -317,8 +321,8 @@ class Recorder:
             self._require_in_step()
         self._is_whole, was_whole = False, self._is_whole
         updates = self._tracked(event)
-        visits = self._intake.take().to_host()
-        if self._steps % _COMPARE_EVERY == 0:
+        visits = self._intake.take()
+        if self._is_compared():
             self._require_captured(updates)
         applied = _applied(updates, 1 if self._ranks is None else self._ranks.count)
         smoothed = self._shadows.step(applied)
@@ -350,10 +354,14 @@ class Recorder:
         self._keep_state(each.parameter for each in applied)
         self._write(self._writer.write_full)
 
+    def _is_compared(self) -> bool:
+        """Whether this step's gradients, and the records of its first sample, are compared with what they stand for."""
+        return self._steps % (_COMPARE_EVERY if self._steps < _EARLY else _COMPARE_LATER) == 0
+
     def _log(self, visits: Visits) -> StepLog | None:
         if self._replayed is None:
             return None
-        digest = digest_model(self._replayed) if (self._steps + 1) % _COMPARE_EVERY == 0 else None
+        digest = digest_model(self._replayed) if (self._steps + 1) % _DIGEST_EVERY == 0 else None
         options = describe_options(self._replayed, self._optimizer.param_groups)
         return StepLog([len(ids) for ids in visits.ids], visits.states, options, digest)
 

@@ -57,8 +57,8 @@ def record(
             sums all the same. Takes more time than ``rank``, and until the step the bytes of rank 8. None for no
             budget.
         steps_per_segment: Optimizer steps per file, written while the next ones are recorded; where writing is slower
-            than training, training waits. A crash loses at most twice so many steps. None for as many as make a
-            megabyte, at least 10 and at most 1,000.
+            than training, training waits. A crash loses at most twice so many steps. None for as many as make
+            four megabytes, at least 10 and at most 1,000.
         unowned: Patterns (``fnmatch``) of parameter names that are trained but not recorded, such as BatchNorm's.
         shared_inputs: Patterns of names of embeddings whose ids are the same for all samples and come without
             a sample dimension (``wpe(torch.arange(T))``). Ids of shape ``(1, T)`` are recognised by themselves.

@@ -65,7 +65,8 @@ def reference_scan(rows: Rows, ranges: Tensor, queries: Tensor, query_scales: Te
     for begin, end in ranges.tolist():
         for first in range(begin, end, _CHUNK):
             part = slice(first, min(first + _CHUNK, end))
-            products = queries.double() @ rows.codes[part].double().t()
+            # Integers have one zero: 0 times a negative code is not to be -0.
+            products = queries.double() @ rows.codes[part].double().t() + 0.0
             made.append(products.float() * rows.scales[part] * query_scales.unsqueeze(1))
             met.append(rows.ids[part])
     ids, order = torch.cat(met).sort()

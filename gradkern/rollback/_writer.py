@@ -20,7 +20,7 @@ __all__ = ["Writer"]
 _WRITING = 3
 
 # Of a file, where nobody says how many steps it takes: small models make steps faster than a disk makes files durable.
-_FULL_BYTES, _LEAST_STEPS, _MOST_STEPS = 1 << 20, 10, 1000
+_FULL_BYTES, _LEAST_STEPS, _MOST_STEPS = 1 << 22, 10, 1000
 
 
 class _Job(NamedTuple):
@@ -38,8 +38,8 @@ class Writer:
     Args:
         store: Where to; it says which step comes next.
         layout: Of the records.
-        steps_per_segment: Steps in a file, but the last before :meth:`flush`; None for as many as make a megabyte, at
-            least 10 and at most 1,000.
+        steps_per_segment: Steps in a file, but the last before :meth:`flush`; None for as many as make four
+            megabytes, at least 10 and at most 1,000.
 
     Attributes:
         most_bytes: The most that steps have taken so far, with the copies of a segment that are made to write it.

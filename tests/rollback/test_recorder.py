@@ -65,6 +65,40 @@ def test_frozen_parameters_and_other_optimizers_parameters_are_left_alone(token_
     assert gk.rollback.open(tmp_path / "run").verify(token_model).passed
 
 
+class PairsBehind(nn.Module):
+    """A frozen layer comes last, and sees the pairs of neighbouring samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.judge = nn.Linear(4, 3), nn.Linear(6, 5).requires_grad_(requires_grad=False)
+
+    def forward(self, x):
+        found = self.body(x)
+        return self.judge(torch.cat([found[:-1], found[1:]], dim=1))
+
+
+def test_a_frozen_last_layer_whose_rows_are_no_samples_is_not_taken_for_the_output(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = PairsBehind(), torch.randn(6, 4)
+    optimizer = gk.AdamW([*model.body.parameters()], lr=1e-2)
+    with gk.rollback.record(model, optimizer, tmp_path / "run") as recorder:
+        with recorder.batch(range(6)):
+            model(inputs).square().mean().backward()
+        optimizer.step()
+    ledger = gk.rollback.open(tmp_path / "run")
+    assert ledger.verify(model).passed
+    with pytest.raises(LedgerError, match="does not hold the curvature"):
+        ledger.scores(model, inputs, loss_fn=lambda output, _: output.square().mean(), estimator="ref")
+    optimizer = gk.AdamW([*model.body.parameters()], lr=1e-2)
+    model.zero_grad()
+    with (
+        gk.rollback.record(model, optimizer, tmp_path / "named", output="judge") as recorder,
+        pytest.raises(LedgerError, match="'judge' saw rows of shape"),
+        recorder.batch(range(6)),
+    ):
+        model(inputs).square().mean().backward()
+
+
 def test_a_stock_optimizer_is_refused_with_the_way_out(token_model, tmp_path):
     optimizer = torch.optim.AdamW(token_model.parameters())
     with pytest.raises(TypeError, match=r"AdamW does not report its steps.*gradkern\.AdamW"):

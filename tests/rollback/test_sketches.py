@@ -81,6 +81,14 @@ def test_native_has_the_bits_of_the_reference(data):
 
 
 @needs_native
+def test_nothing_times_a_negative_code_is_zero_in_both():
+    rows = Rows(torch.zeros(2, 1, dtype=torch.int8), torch.ones(2), torch.arange(2))
+    queries = torch.tensor([[40], [-113]], dtype=torch.int8), torch.ones(2)
+    ranges = torch.tensor([[0, 2]])
+    assert all(map(same_bits, native_scan(rows, ranges, *queries, 1), reference_scan(rows, ranges, *queries, 1)))
+
+
+@needs_native
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_change_bits(threads):
     rows, queries = random_rows(20_000, 67, 2, values=3), random_queries(2, 67, 3)
