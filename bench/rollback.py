@@ -139,16 +139,22 @@ def _judges(case: str, seed: int) -> list[tuple[str, Tensor, Tensor]]:
 
 
 def _estimators(report: Report) -> None:
-    """Ours."""
+    """Ours, and the least that each took of all seeds."""
+    took: dict[tuple[str, str], list[float]] = {}
 
     def scores_of(case: str, setting: Setting) -> Callable[[int], dict[str, Tensor]]:
         def scores(seed: int) -> dict[str, Tensor]:
             several = {f"gradkern ref, expected, {attribution.ENSEMBLE} seeds": _expected_scores(setting, seed)}
-            return _scores(report, case, setting, seed) | several
+            found, seconds = _scores(report, case, setting, seed)
+            for system, each in seconds.items():
+                took.setdefault((case, system), []).append(1e3 * each / len(setting.test_inputs))
+            return found | several
 
         return scores
 
     _settings(report, scores_of)
+    for (case, system), each in took.items():
+        report.add(case, system, "query_ms", min(each), "ms")
 
 
 def _peers(report: Report) -> None:
@@ -161,32 +167,29 @@ def _peers(report: Report) -> None:
     _settings(report, scores_of)
 
 
-def _scores(report: Report, case: str, setting: Setting, seed: int) -> dict[str, Tensor]:
-    """Of every estimator, from one recorded run; of the first, what it took."""
+def _scores(report: Report, case: str, setting: Setting, seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Of every estimator, from one recorded run, and what each took, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         model, ledger = record_run(setting, seed, Path(folder) / "ledger", replayable=True)
         queries = setting.queries()
-        scores = {}
+        scores, took = {}, {}
         for system, (estimator, mode) in ESTIMATORS.items():
             asked: dict[str, Any] = {"loss_fn": nn.functional.cross_entropy, "estimator": estimator, "mode": mode}
             if estimator in BY_REPLAY:
                 asked["replay"] = _replay(setting)
             start = time.perf_counter()
-            found = ledger.scores(model, queries, **asked)
-            seconds = time.perf_counter() - start
-            scores[system] = found.scores
-            if seed == SEEDS[0]:
-                report.add(case, system, "query_ms", 1e3 * seconds / len(queries), "ms")
+            scores[system] = ledger.scores(model, queries, **asked).scores
+            took[system] = time.perf_counter() - start
         start = time.perf_counter()
         scores[_PLAIN] = swept(ledger, model, setting, PlainFisher()).scores
+        took[_PLAIN] = time.perf_counter() - start
         if seed == SEEDS[0]:
-            report.add(case, _PLAIN, "query_ms", 1e3 * (time.perf_counter() - start) / len(queries), "ms")
             right = (model(setting.test_inputs).argmax(1) == setting.test_labels).float().mean()
             report.add(case, "gradkern", "test_accuracy", 100 * float(right), "%")
             report.add(case, "gradkern", "bytes_per_sample_and_step", ledger.nbytes / ledger.visits, "B")
             cosine = statistics.fmean(each.cosine for each in ledger.verify(model).compression)
             report.add(case, "gradkern", "cosine", cosine, "")
-    return scores
+    return scores, took
 
 
 def _expected_scores(setting: Setting, seed: int) -> Tensor:
