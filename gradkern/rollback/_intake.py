@@ -502,6 +502,8 @@ def _merge_equal(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         ``(index, merged)`` of shapes ``(B, U)`` and ``(B, U, columns)``, with ``U`` the largest number of
         different ids in a sample; samples with fewer have index 0 and zeros there.
     """
+    if ids.shape[1] == 1 or bool((ids[:, 1:] > ids[:, :-1]).all()):
+        return ids, grad  # as positions are
     ordered, order = ids.sort(dim=1)
     is_new = torch.ones_like(ordered)
     is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
