@@ -508,13 +508,16 @@ VARIANTS = [
         threads=_ROW_THREADS,
         hot_bytes=1024,
     ),
-    Variant(
-        _orthogonalise_kernel,
-        {"table_ptr": "*i64", "samples": "i32", "row": "i32"},
-        {"FOUND": 4, "ALIGNED": True},
-        item_bytes=0,
-        threads=_ROW_THREADS,
-        hot_bytes=0,
+    *(
+        Variant(
+            _orthogonalise_kernel,
+            {"table_ptr": "*i64", "samples": "i32", "row": "i32"},
+            {"FOUND": found, "ALIGNED": True},
+            item_bytes=0,
+            threads=_ROW_THREADS,
+            hot_bytes=0,
+        )
+        for found in (4, 8)  # of the default, and of budgets
     ),
     Variant(
         _quantise_kernel,
