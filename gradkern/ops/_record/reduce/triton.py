@@ -450,7 +450,8 @@ def reduce_samples(reductions: Sequence[Reduction], samples: int) -> None:
     def orthogonalise(row: int) -> None:
         found = max(4, 1 << (directions - 1).bit_length())
         programs = len(rows) * samples
-        launch(_orthogonalise_kernel, programs, table, samples, row, num_warps=1, FOUND=found, ALIGNED=aligned)
+        warps = max(1, _ROW_THREADS * found // 4 // warp_size())
+        launch(_orthogonalise_kernel, programs, table, samples, row, num_warps=warps, FOUND=found, ALIGNED=aligned)
 
     directions = most(_DIRECTIONS.value)
     if directions > 0:
@@ -514,7 +515,7 @@ VARIANTS = [
             {"table_ptr": "*i64", "samples": "i32", "row": "i32"},
             {"FOUND": found, "ALIGNED": True},
             item_bytes=0,
-            threads=_ROW_THREADS,
+            threads=_ROW_THREADS * max(1, found // 4),
             hot_bytes=0,
         )
         for found in (4, 8)  # of the default, and of budgets
