@@ -257,21 +257,31 @@ _PRECONDITIONER_FIELDS: Mapping[int, tuple[str, ...]] = {1: ("values",), 2: ("ro
 def _unpacked(
     bounds: Sequence[int], steps: Sequence[StepRecord]
 ) -> tuple[list[int], list[Iterable[tuple[int, Record]]]]:
-    """The records of all steps as parts, and the first visit of each part: blocks of one packing in one part."""
-    blocks = [
-        block._replace(visit=block.visit + first)
+    """The records of all steps as parts, and the first visit of each part: many blocks of one packing in one part."""
+    placed = [
+        [block._replace(visit=block.visit + first) for block in step.blocks]
         for first, step in zip(bounds, steps, strict=False)
-        for block in step.blocks
     ]
-    runs = [list(run) for _, run in groupby(blocks, key=_packing)]
-    together = [[run] if not run[0].packing.repeats else [[block] for block in run] for run in runs]
-    parts: list[Iterable[tuple[int, Record]]] = [unpack(each) for run in together for each in run]
+    parts: list[Iterable[tuple[int, Record]]] = []
+    for packings, run in groupby(placed, key=_packings):
+        streams = [shape.stream for packing in packings for shape in packing.shapes]
+        if len(set(streams)) == len(streams):
+            parts += map(unpack, zip(*run, strict=True))
+            continue
+        # A stream has several places in a step, and its visits must ascend from step to step.
+        for packing, group in groupby((block for blocks in run for block in blocks), key=_packing):
+            same = list(group)
+            parts += [unpack([block]) for block in same] if packing.repeats else [unpack(same)]
     firsts = [0] * len(parts) + list(bounds[: len(steps)])
     return firsts, parts + [step.records for step in steps]
 
 
 def _packing(block: Block) -> Packing:
     return block.packing
+
+
+def _packings(blocks: Sequence[Block]) -> tuple[Packing, ...]:
+    return tuple(map(_packing, blocks))
 
 
 def _join_records(first_visits: Sequence[int], parts: Sequence[Iterable[tuple[int, Record]]]) -> dict[int, Record]:
