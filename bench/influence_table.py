@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .table import RESULTS
@@ -24,7 +24,7 @@ def published_rollback() -> Sequence[dict[str, Any]]:
 
 
 def influence_tables(records: Sequence[dict[str, Any]]) -> str:
-    """By setting and system: rank correlation of predicted and real losses, by how much was left out."""
+    """Rank correlations of predicted and real losses, by setting, system and how much was left out; and query times."""
     values = {(r["case"], r["system"], r["metric"]): r["value"] for r in records}
     tables = []
     for case in dict.fromkeys(r["case"] for r in records if r["metric"] in _METRICS):
@@ -44,7 +44,19 @@ def influence_tables(records: Sequence[dict[str, Any]]) -> str:
                 cells.append(f"**{text}**" if value == best[metric] else text)
             rows.append(f"| {system} | " + " | ".join(cells) + " |")
         tables.append("\n".join(rows))
+    tables.append(_times(values))
     return "\n\n".join(tables) + "\n"
+
+
+def _times(values: Mapping[tuple[str, str, str], float]) -> str:
+    """Milliseconds a query by system and setting."""
+    timed = [(case, system) for case, system, metric in values if metric == "query_ms"]
+    cases, systems = (list(dict.fromkeys(each)) for each in zip(*timed, strict=True))
+    rows = ["| ms a query | " + " | ".join(cases) + " |", "|---" * (1 + len(cases)) + "|"]
+    for system in systems:
+        cells = [f"{values[case, system, 'query_ms']:.1f}" for case in cases]
+        rows.append(f"| {system} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
