@@ -105,7 +105,7 @@ def _measure_by_torch(
 
 def _follow(scale: float, own: Tensor) -> float:
     """An earlier scale, or twice or half of it where rows that are nearly fitted have that."""
-    if len(own):
+    if len(own) and scale != 0.0:
         ratio = float(own.median()) / scale
         for factor in (2.0, 0.5):
             if abs(ratio - factor) <= _FOLLOWS * factor:

@@ -9,17 +9,17 @@ Products with ``u`` are three passes over one graph, each for all functions at o
 ``Jᵀ (H J u)``. The model's forward runs once and as ever, with its random numbers, modes and buffers.
 
 For each function they cost what three passes through the model do. A convolution, or a layer over tokens, multiplies
-at many places of a sample, while its gradient for that sample is no larger than for one place. So where samples do not
-mix, in the model or in the loss, and have one row of ``z`` each, ``H`` falls apart into an ``H_i`` for each of them. Of
-that the two largest eigenvalues ``e`` are kept with their vectors ``v``, and the matrix is the sum of
-``e (J_iᵀ v) (J_iᵀ v)ᵀ``: one backward pass for each of the two, however many functions there are, and then products
-with gradients. Of two classes the largest is all there is; of ten, two of nine were as good as all (see the
-benchmarks). Which way is the cheaper is found out at the last step.
+at many places of a sample, while its gradient for that sample is no larger than for one place. Where samples do not
+mix, in the model or in the loss, and have one row of ``z`` each, ``H`` falls apart into an ``H_i`` for each of them,
+and the matrix is the sum of ``e (J_iᵀ v) (J_iᵀ v)ᵀ`` over its eigenvalues ``e`` and their vectors ``v``: one backward
+pass for each that is kept, however many functions there are, and then products with gradients. Of a batch as many are
+kept as have nine tenths of all eigenvalues; in retrainings that was as good as all (see the benchmarks). Both ways are
+compared wherever batches have another size or modules other modes, and of a step the one is taken that costs less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from glob import escape
 
 import torch
@@ -29,7 +29,7 @@ from gradkern.rollback._layout import Layout
 from gradkern.rollback._output import losses_and_outputs, pull, push, require_output_decides
 from gradkern.rollback._ownership import claim
 from gradkern.rollback._sample_gradients import SampleGradients
-from gradkern.rollback._sweep import StepBack
+from gradkern.rollback._sweep import StepBack, norms
 from gradkern.rollback._trajectory import StepStart, Trajectory
 
 __all__ = ["GaussNewton", "gauss_newton_product"]
@@ -41,14 +41,18 @@ class GaussNewton:
     Args:
         layout: The ledger's layout, whose owned parameters count.
         trajectory: The training, gone through together with the sweep.
+
+    Attributes:
+        by_gradients: Steps so far whose product was taken with gradients of samples.
     """
 
     def __init__(self, layout: Layout, trajectory: Trajectory) -> None:
         self._layout = layout
         self._starts = trajectory.backwards()
         self._is_checked = False
-        # None where products are taken with the model.
         self._gradients: SampleGradients | None = None
+        self._agrees: dict[Hashable, bool] = {}
+        self.by_gradients = 0
 
     def add_product(self, step: StepBack, sums: Mapping[int, Tensor]) -> None:
         """See :meth:`gradkern.rollback._sweep.Curvature.add_product`.
@@ -65,117 +69,152 @@ class GaussNewton:
         parameters = {index: owned[index] for index in directions}
         with start.as_recorded():
             if not self._is_checked:
-                self._check(start, parameters)
+                for loss, output in losses_and_outputs(start, "gauss_newton"):
+                    require_output_decides(loss, output, list(parameters.values()))
+                self._gradients = _sample_gradients(start.training.model, self._layout)
                 self._is_checked = True
-            if self._gradients is None:
-                self._add_by_passes(start, parameters, directions, sums)
+            products = self._by_gradients(start, parameters, directions)
+            if products is None:
+                products = _by_passes(start, parameters, directions)
             else:
-                self._add_by_gradients(self._gradients, start, parameters, directions, sums)
-
-    def _check(self, start: StepStart, parameters: Mapping[int, nn.Parameter]) -> None:
-        """Make sure of the loss, and choose how to take products."""
-        for loss, output in losses_and_outputs(start, "gauss_newton"):
-            require_output_decides(loss, output, list(parameters.values()))
-        model = start.training.model
-        unowned = [escape(info.name) for info in self._layout.parameters if not info.owned]
-        gradients = SampleGradients(claim(model, self._layout.trained_parameters(model), unowned, []))
-        if not gradients.can_tell_apart:
-            return
-        with gradients.capturing():
-            if all(
-                _is_cheaper(gradients, loss, output, list(parameters.values()))
-                for loss, output in losses_and_outputs(start, "gauss_newton")
-            ):
-                self._gradients = gradients
-
-    def _add_by_passes(
-        self,
-        start: StepStart,
-        parameters: Mapping[int, nn.Parameter],
-        directions: Mapping[int, Tensor],
-        sums: Mapping[int, Tensor],
-    ) -> None:
-        for loss, output in losses_and_outputs(start, "gauss_newton"):
-            found = gauss_newton_product(loss, output, list(parameters.values()), list(directions.values()))
-            for index, each in zip(directions, found, strict=True):
+                self.by_gradients += 1
+            for index, each in products.items():
                 sums[index].add_(each)
 
-    def _add_by_gradients(
-        self,
-        gradients: SampleGradients,
-        start: StepStart,
-        parameters: Mapping[int, nn.Parameter],
-        directions: Mapping[int, Tensor],
-        sums: Mapping[int, Tensor],
-    ) -> None:
-        with gradients.capturing():
-            for loss, output in losses_and_outputs(start, "gauss_newton"):
-                sizes, vectors = _leading(_hessians(loss, output))
-                found = gradients.along(output, list(parameters.values()), list(vectors))
-                inner = sum(each.inner(directions[each.parameter]) for each in found)
-                for each in found:
-                    each.add_to(sums[each.parameter], inner * sizes)
+    def _by_gradients(
+        self, start: StepStart, parameters: Mapping[int, nn.Parameter], directions: Mapping[int, Tensor]
+    ) -> dict[int, Tensor] | None:
+        """The product by gradients of samples; None where that is another, or costs more."""
+        gradients = self._gradients
+        if gradients is None:
+            return None
+        like = (frozenset(start.step.log.options["eval"]), tuple(map(len, start.step.ids)), tuple(parameters))
+        if like not in self._agrees:
+            self._agrees[like] = _agree(gradients, start, parameters)
+        if not self._agrees[like]:
+            return None
+        return _product_by_gradients(gradients, start, parameters, directions, _ENOUGH)
 
 
-# Eigenvectors of a sample's H that are kept; and what share of the largest eigenvalue in the batch is none.
-_KEPT, _NOTHING = 2, 1e-6
+# Of the eigenvalues of a batch, the share of those that are kept.
+_ENOUGH = 0.9
 
 # More classes than that have too large a matrix for each sample.
-_MOST_CLASSES = 128
+_MOST_CLASSES = 32
 
-# Of what one product of all rows with all matrices takes: for a function, with the layers, there and twice back; with
-# gradients, inner products and a sum for each direction.
-_PASSES, _PRODUCTS = 3, 2
+# Bytes that the gradients of a micro-batch's samples may take.
+_MOST_BYTES = 1 << 28
 
-# Of two ways to the same second derivatives, in fp32.
-_MIXED = 1e-4
+# Of two ways to the same product, in fp32.
+_APART = 1e-3
 
 
-def _is_cheaper(gradients: SampleGradients, loss: Tensor, output: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether products can be taken with the gradients of samples, and in less time than with the model."""
-    if output.dim() != 2 or output.shape[1] > _MOST_CLASSES or not output.requires_grad:
-        return False
-    samples = len(output)
-    hessians = _hessians(loss, output)
-    # In general position: what one sample's output does to another's residual shows.
-    weights = torch.rand(samples, generator=torch.Generator().manual_seed(0)) + 0.5
-    weighted = _hessians(loss, output, weights)
-    apart = float((weighted - hessians * weights.view(-1, 1, 1)).norm())
-    if apart > _MIXED * float(hessians.norm()):
-        return False
-    count = len(_leading(hessians)[0])
-    # Nothing of the second half of samples must come of the first.
-    first_half = torch.zeros_like(output)
-    first_half[: (samples + 1) // 2] = 1.0
+def _by_passes(
+    start: StepStart, parameters: Mapping[int, nn.Parameter], directions: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    sums = {index: torch.zeros_like(each) for index, each in directions.items()}
+    for loss, output in losses_and_outputs(start, "gauss_newton"):
+        found = gauss_newton_product(loss, output, list(parameters.values()), list(directions.values()))
+        for sum_, each in zip(sums.values(), found, strict=True):
+            sum_.add_(each)
+    return sums
+
+
+def _sample_gradients(model: nn.Module, layout: Layout) -> SampleGradients | None:
+    """What takes them; None where some layer's are not known."""
+    unowned = [escape(info.name) for info in layout.parameters if not info.owned]
     try:
-        found = gradients.along(output, parameters, [first_half])
-    except RuntimeError:  # rows that are no multiple of the samples
+        found = SampleGradients(claim(model, layout.trained_parameters(model), unowned, []))
+    except ValueError:  # a layer has a forward of its own by now
+        return None
+    return found if found.can_tell_apart else None
+
+
+def _agree(gradients: SampleGradients, start: StepStart, parameters: Mapping[int, nn.Parameter]) -> bool:
+    """Whether both ways give the same product, all eigenvalues taken: samples do not mix, and all is captured."""
+    generator = torch.Generator().manual_seed(0)
+    directions = {
+        index: torch.randn(1, *each.shape, generator=generator).to(each.device) for index, each in parameters.items()
+    }
+    found = _product_by_gradients(gradients, start, parameters, directions, 1.0)
+    if found is None:
         return False
-    if any(bool(each.sizes()[:, (samples + 1) // 2 :].any()) for each in found):
-        return False
+    expected = _by_passes(start, parameters, directions)
+    apart = norms(found[index] - each for index, each in expected.items())
+    return bool(apart <= _APART * norms(expected.values()))
+
+
+def _product_by_gradients(
+    gradients: SampleGradients,
+    start: StepStart,
+    parameters: Mapping[int, nn.Parameter],
+    directions: Mapping[int, Tensor],
+    enough: float,
+) -> dict[int, Tensor] | None:
+    """None where it cannot be taken, or costs more than by passes unless all is asked for."""
+    sums = {index: torch.zeros_like(each) for index, each in directions.items()}
+    functions = len(next(iter(directions.values())))
+    with gradients.capturing():
+        for loss, output in losses_and_outputs(start, "gauss_newton"):
+            if not _is_small(output):
+                return None
+            sizes, vectors = _leading(_hessians(loss, output), enough)
+            if enough < 1.0 and not _is_cheaper(gradients, len(sizes), functions, len(output)):
+                return None
+            if len(sizes) == 0:
+                continue
+            found = gradients.along(output, list(parameters.values()), list(vectors))
+            if found is None:
+                return None
+            inner = torch.stack([each.inner(directions[each.parameter]) for each in found]).sum(dim=0) * sizes
+            for each in found:
+                each.add_to(sums[each.parameter], inner)
+    return sums
+
+
+def _is_small(output: Tensor) -> bool:
+    """Whether every sample has one row of few numbers, precise enough for second derivatives."""
+    is_precise = output.dtype in (torch.float32, torch.float64)
+    return output.dim() == 2 and output.shape[1] <= _MOST_CLASSES and output.requires_grad and is_precise
+
+
+def _is_cheaper(gradients: SampleGradients, count: int, functions: int, samples: int) -> bool:
+    """Whether products with so many gradients a sample take less than passes do, by multiplications.
+
+    A pass is a product of all rows with all matrices; there are three for each function, and for each gradient. Then
+    every function has an inner product with each gradient and a sum of them.
+    """
     elements, with_tokens = gradients.products
-    return _PRODUCTS * count * elements < _PASSES * with_tokens
+    is_affordable = 2 * 4 * count * samples * elements <= _MOST_BYTES  # twice while they are put together
+    return is_affordable and count * (3 * with_tokens + 2 * functions * elements) < 3 * functions * with_tokens
 
 
-def _hessians(loss: Tensor, output: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``H_i`` of every sample, times ``weights``, if no sample's output changes another's residual."""
+def _hessians(loss: Tensor, output: Tensor) -> Tensor:
+    """``H_i`` of every sample, if no sample's output changes another's residual: fp64, ``(samples, n, n)``."""
     samples, classes = output.shape
     (residual,) = torch.autograd.grad(loss, output, create_graph=True)
     if not residual.requires_grad:  # a loss without curvature
-        return output.new_zeros(samples, classes, classes)
-    along = torch.eye(classes).unsqueeze(1).expand(-1, samples, -1)
-    along = along if weights is None else along * weights.unsqueeze(-1)
-    return pull([residual], [output], [along], keep=True)[0].transpose(0, 1)
+        return torch.zeros(samples, classes, classes, dtype=torch.float64, device=output.device)
+    along = torch.eye(classes, dtype=output.dtype, device=output.device).unsqueeze(1).expand(-1, samples, -1)
+    found = pull([residual], [output], [along], keep=True)[0].transpose(0, 1).double()
+    return (found + found.transpose(1, 2)) / 2
 
 
-def _leading(hessians: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues of every sample and their vectors: ``(n, samples)`` and ``(n, samples, classes)``."""
-    values, vectors = torch.linalg.eigh((hessians + hessians.transpose(1, 2)) / 2)
-    order = values.abs().argsort(dim=1, descending=True)[:, :_KEPT]
-    values, vectors = values.gather(1, order), vectors.gather(2, order.unsqueeze(1).expand(-1, values.shape[1], -1))
-    largest = values.abs().amax(dim=0)
-    kept = largest > _NOTHING * largest[0]
-    return values.t()[kept], vectors.permute(2, 0, 1)[kept]
+def _leading(hessians: Tensor, enough: float) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of every sample, as few as have that share of all, and their vectors.
+
+    Returns:
+        Of shapes ``(n, samples)`` and ``(n, samples, classes)``, fp32.
+    """
+    values, vectors = torch.linalg.eigh(hessians)
+    order = values.abs().argsort(dim=1, descending=True)
+    values, vectors = values.gather(1, order), vectors.gather(2, order.unsqueeze(1).expand_as(vectors))
+    # What rounding makes of none is none.
+    parts = values.abs().sum(dim=0)
+    parts = torch.where(parts > 1e-6 * parts[:1], parts, 0.0)
+    before = parts.cumsum(dim=0) - parts
+    count = int(((before < enough * parts.sum()) & (parts > 0)).sum())
+    return values.t()[:count].float(), vectors.permute(2, 0, 1)[:count].float()
 
 
 def gauss_newton_product(

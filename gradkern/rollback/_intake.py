@@ -409,7 +409,7 @@ class Intake:
         index, merged = _merge_equal(ids, grad)
         with in_full_precision(self._device):
             reduced = reduce_matrix(None, merged, self._starts[layer.weight])
-        record = EmbeddingRecord(self._visit_numbers(layer), index.to(torch.int32), *reduced)
+        record = EmbeddingRecord(self._visit_numbers(layer), index.to(torch.int32, copy=True), *reduced)
         self._visits.records.append((layer.weight, record))
         if self._compare:
             self._visits.comparisons.append((layer.weight, Comparison.of(record, merged)))

@@ -136,10 +136,17 @@ class Ranks:
 
     def _agree(self, path: Path, layout: Layout, begun: Mapping[str, object], *, is_new: bool) -> str:
         """A new name for a ledger, the same in all ranks, once they are known to begin the same."""
-        is_there = path.exists() if is_new else recorded_ranks(path, self.index)
+        is_there: bool | int | str | None = is_new and path.exists()
+        if not is_new:
+            try:
+                is_there = recorded_ranks(path, self.index)
+            except LedgerError as error:  # the others wait to hear of it
+                is_there = str(error)
         everyone = self._gathered((is_there, layout.to_json(), dict(begun), uuid.uuid4().hex))
         _, text, said, name = everyone[0]
         for rank, (found, their_text, their_said, _) in enumerate(everyone):
+            if isinstance(found, str):
+                raise LedgerError(f"record: rank {rank} cannot go on with its shard of the ledger: {found}")
             if not is_new:
                 require_ranks(path, found, self.count)
             elif found:

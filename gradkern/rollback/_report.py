@@ -122,6 +122,11 @@ def _queries(scores: Scores | None, contents: Sequence[object] | None, k: int) -
             f"report: {int((~torch.isfinite(rows)).sum())} of {rows.numel()} scores are not finite and "
             "cannot be ranked; leave those queries out"
         )
+    if scores.errors is not None and scores.errors.shape != scores.scores.shape:
+        raise ValueError(
+            f"report: errors must be of the shape of their scores, {tuple(scores.scores.shape)}, got "
+            f"{tuple(scores.errors.shape)}"
+        )
     if contents is not None and len(contents) != len(rows):
         raise ValueError(
             f"report: got {len(contents)} queries to show and scores for {len(rows)}; pass what shows each, in "

@@ -48,11 +48,6 @@ class SampleGradient:
             return
         add_outer(sums, torch.einsum("mdn,dnr->nmr", coefficients, self.rows), self.columns)
 
-    def sizes(self) -> Tensor:
-        """Of each gradient, 0 only where that is zero: shape ``(directions, samples)``."""
-        largest = self.rows.abs().amax(dim=2)
-        return largest if self.columns is None else largest * self.columns.abs().amax(dim=1)
-
 
 class SampleGradients:
     """The sink of captured layers, see :class:`gradkern.rollback._sink.Sink`.
@@ -72,6 +67,7 @@ class SampleGradients:
         self._layers = ownership.layers
         self._parameters = [stream.parameter for stream in ownership.layout.streams]
         self._samples = 0
+        self._fits = True
         self._found: list[SampleGradient] = []
 
     @property
@@ -85,7 +81,9 @@ class SampleGradients:
         with captured(self._layers, self):
             yield
 
-    def along(self, output: Tensor, parameters: Sequence[Tensor], directions: Sequence[Tensor]) -> list[SampleGradient]:
+    def along(
+        self, output: Tensor, parameters: Sequence[Tensor], directions: Sequence[Tensor]
+    ) -> list[SampleGradient] | None:
         """``J_iᵀ v`` of every sample, by one backward pass for each direction; keeps the graph.
 
         Args:
@@ -94,9 +92,10 @@ class SampleGradients:
             directions: ``v`` of every sample, each of the shape of ``output``.
 
         Returns:
-            Of every parameter that the output depends on; one that was used twice comes twice.
+            Of every parameter that the output depends on; one that was used twice comes twice. None where a layer's
+            rows are no multiple of the samples.
         """
-        passes = []
+        passes, self._fits = [], True
         for direction in directions:
             self._samples, self._found, self.products = len(output), [], (0, 0)
             try:
@@ -104,6 +103,8 @@ class SampleGradients:
                 passes.append(self._found)
             finally:
                 self._samples, self._found = 0, []
+        if not self._fits:
+            return None
         # The graph is the same, and so is the order in which it is gone through.
         return [
             SampleGradient(same[0].parameter, torch.cat([each.rows for each in same]), same[0].columns)
@@ -130,7 +131,10 @@ class SampleGradients:
             self.take_bias(layer, rows, bias_grad)
         if layer.weight is None:
             return
-        rows, columns = self._per_sample(rows), self._per_sample(columns)
+        factors = self._per_sample(rows, columns)
+        if factors is None:
+            return
+        rows, columns = factors
         tokens, numel = rows.shape[1], rows.shape[2] * columns.shape[2]
         self.products = self.products[0] + numel, self.products[1] + tokens * numel
         # A Linear's columns are its input, which all directions share.
@@ -144,8 +148,8 @@ class SampleGradients:
 
     def take_bias(self, layer: OwnedLayer, grad: Tensor, bias_grad: Tensor | None) -> None:
         """See :class:`gradkern.rollback._sink.Sink`."""
-        if self._samples and layer.bias is not None:
-            self._add(layer.bias, self._per_sample(grad).sum(dim=1))
+        if self._samples and layer.bias is not None and (rows := self._per_sample(grad)):
+            self._add(layer.bias, rows[0].sum(dim=1))
 
     def take_embedding(self, layer: OwnedLayer, ids: Tensor, grad: Tensor) -> None:
         """See :class:`gradkern.rollback._sink.Sink`; there is none here."""
@@ -157,9 +161,10 @@ class SampleGradients:
         self, layer: OwnedLayer, normalised: Tensor, grad: Tensor, weight_grad: Tensor | None, bias_grad: Tensor | None
     ) -> None:
         """See :class:`gradkern.rollback._sink.Sink`."""
-        if not self._samples:
+        factors = self._per_sample(grad, normalised) if self._samples else None
+        if factors is None:
             return
-        grad, normalised = self._per_sample(grad), self._per_sample(normalised)
+        grad, normalised = factors
         if layer.weight is not None and weight_grad is not None:
             self._add(layer.weight, (grad * normalised).sum(dim=1))
         if layer.bias is not None and bias_grad is not None:
@@ -167,12 +172,17 @@ class SampleGradients:
 
     def take_vectors(self, layer: OwnedLayer, grads: Tensor, weight_grad: Tensor | None) -> None:
         """See :class:`gradkern.rollback._sink.Sink`."""
-        if self._samples and layer.weight is not None:
-            self._add(layer.weight, self._per_sample(grads.flatten(1)).sum(dim=1))
+        if self._samples and layer.weight is not None and (rows := self._per_sample(grads.flatten(1))):
+            numel = rows[0].shape[2]
+            self.products = self.products[0] + numel, self.products[1] + numel
+            self._add(layer.weight, rows[0].sum(dim=1))
 
     def _add(self, stream: int, rows: Tensor, columns: Tensor | None = None) -> None:
         self._found.append(SampleGradient(self._parameters[stream], rows.unsqueeze(0), columns))
 
-    def _per_sample(self, tensor: Tensor) -> Tensor:
-        """View ``(B, ..., N)`` or sample-major ``(B * T, N)`` as ``(B, T, N)``."""
-        return tensor.detach().reshape(self._samples, -1, tensor.shape[-1])
+    def _per_sample(self, *tensors: Tensor) -> list[Tensor] | None:
+        """View ``(B, ..., N)`` or sample-major ``(B * T, N)`` as ``(B, T, N)``; None, and noted, where none is."""
+        if any(tensor.shape[:-1].numel() % self._samples for tensor in tensors):
+            self._fits = False
+            return None
+        return [tensor.detach().reshape(self._samples, -1, tensor.shape[-1]) for tensor in tensors]

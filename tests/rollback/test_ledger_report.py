@@ -373,6 +373,12 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_written(ledger, tmp_
         ),
         (Scores(torch.arange(2), torch.tensor([1.0, math.nan])), {}, ValueError, r"1 of 2 scores are not finite"),
         (
+            Scores(torch.arange(3), torch.zeros(3).double(), torch.zeros(3, 1).double()),
+            {},
+            ValueError,
+            r"errors must be of the shape of their scores, \(3,\), got \(3, 1\)",
+        ),
+        (
             None,
             {"verified": True},
             TypeError,

@@ -90,7 +90,7 @@ def test_curvature(seed, samples, tokens, classes, exponent, is_declared, has_we
     grad, detached = logits.grad, logits.detach()
     scales = []
     # Far from fitted it does not matter, of nearly fitted rows some are those of twice the scale.
-    known = None if seed % 3 == 0 else 0.5 / len(rows)
+    known = (None, 0.0, 0.5 / len(rows))[seed % 3]
 
     def compute():
         bends, scale = measure_bends(detached, grad, scale=known, is_declared=is_declared)

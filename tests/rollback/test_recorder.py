@@ -65,6 +65,29 @@ def test_frozen_parameters_and_other_optimizers_parameters_are_left_alone(token_
     assert gk.rollback.open(tmp_path / "run").verify(token_model).passed
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_of_an_embedding_may_be_overwritten_after_backward(dtype, tmp_path):
+    """Ascending ones, which need no merging: what is kept must not be the caller's tensor."""
+    batches = [torch.tensor([[0, 2, 5], [1, 3, 4]]), torch.tensor([[3, 4, 5], [0, 1, 2]])]
+    found = []
+    for is_reused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(6, 4), nn.Flatten(), nn.Linear(12, 3))
+        optimizer = gk.AdamW(model.parameters(), lr=1e-2)
+        path, ids = tmp_path / f"{is_reused}", torch.empty(2, 3, dtype=dtype)
+        with gk.rollback.record(model, optimizer, path) as recorder:
+            for step in range(4):
+                ids = ids if is_reused else torch.empty(2, 3, dtype=dtype)
+                ids.copy_(batches[step % 2])
+                with recorder.batch([2 * (step % 2), 2 * (step % 2) + 1]):
+                    nn.functional.cross_entropy(model(ids), torch.tensor([0, 1])).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        query = batches[0][:1], torch.tensor([0])
+        found.append(gk.rollback.open(path).scores(model, query, loss_fn=nn.functional.cross_entropy).scores)
+    assert torch.equal(*found)
+
+
 class PairsBehind(nn.Module):
     """A frozen layer comes last, and sees the pairs of neighbouring samples."""
 

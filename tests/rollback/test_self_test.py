@@ -126,7 +126,7 @@ def test_the_interval_covers_the_score_of_infinitely_many_subsets():
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.1824), (9, 2.2622), (24, 2.0639), (199, 1.9720)])
 def test_the_quantile_is_students(freedom, quantile):
-    assert _datamodeling._student_95(freedom) == pytest.approx(quantile, abs=5e-3)
+    assert _datamodeling._student_95(freedom) == pytest.approx(quantile, abs=5e-3 if freedom < 9 else 2e-4)
 
 
 def test_a_sound_ledger_passes(recorded, tmp_path):
