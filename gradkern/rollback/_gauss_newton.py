@@ -151,7 +151,7 @@ def _product_by_gradients(
     directions: Mapping[int, Tensor],
     enough: float,
 ) -> dict[int, Tensor] | None:
-    """None where it cannot be taken, or costs more than by passes unless all is asked for."""
+    """None where it cannot be taken, or costs more than by passes though not all eigenvalues are asked for."""
     sums = {index: torch.zeros_like(each) for index, each in directions.items()}
     functions = len(next(iter(directions.values())))
     with gradients.capturing():
@@ -159,7 +159,10 @@ def _product_by_gradients(
             if not _is_small(output):
                 return None
             sizes, vectors = _leading(_hessians(loss, output), enough)
-            if enough < 1.0 and not _is_cheaper(gradients, len(sizes), functions, len(output)):
+            # Of every gradient, and once more while those of all eigenvalues are put together.
+            if 8 * sizes.numel() * sum(each.numel() for each in parameters.values()) > _MOST_BYTES:
+                return None
+            if enough < 1.0 and not _is_cheaper(gradients, len(sizes), functions):
                 return None
             if len(sizes) == 0:
                 continue
@@ -173,20 +176,19 @@ def _product_by_gradients(
 
 
 def _is_small(output: Tensor) -> bool:
-    """Whether every sample has one row of few numbers, precise enough for second derivatives."""
-    is_precise = output.dtype in (torch.float32, torch.float64)
-    return output.dim() == 2 and output.shape[1] <= _MOST_CLASSES and output.requires_grad and is_precise
+    """Whether every sample has one row of few numbers, as precise as gradients are."""
+    has_rows = output.dim() == 2 and output.shape[1] <= _MOST_CLASSES
+    return has_rows and output.requires_grad and output.dtype == torch.float32
 
 
-def _is_cheaper(gradients: SampleGradients, count: int, functions: int, samples: int) -> bool:
+def _is_cheaper(gradients: SampleGradients, count: int, functions: int) -> bool:
     """Whether products with so many gradients a sample take less than passes do, by multiplications.
 
     A pass is a product of all rows with all matrices; there are three for each function, and for each gradient. Then
     every function has an inner product with each gradient and a sum of them.
     """
     elements, with_tokens = gradients.products
-    is_affordable = 2 * 4 * count * samples * elements <= _MOST_BYTES  # twice while they are put together
-    return is_affordable and count * (3 * with_tokens + 2 * functions * elements) < 3 * functions * with_tokens
+    return count * (3 * with_tokens + 2 * functions * elements) < 3 * functions * with_tokens
 
 
 def _hessians(loss: Tensor, output: Tensor) -> Tensor:
