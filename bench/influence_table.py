@@ -27,7 +27,9 @@ def influence_tables(records: Sequence[dict[str, Any]]) -> str:
     """Rank correlations of predicted and real losses, by setting, system and how much was left out; and query times."""
     values = {(r["case"], r["system"], r["metric"]): r["value"] for r in records}
     tables = []
-    for case in dict.fromkeys(r["case"] for r in records if r["metric"] in _METRICS):
+    alarmed = list(dict.fromkeys(r["case"] for r in records if r["metric"] == "alarm"))
+    judged = dict.fromkeys(r["case"] for r in records if r["metric"] in _METRICS)
+    for case in (each for each in judged if each not in alarmed):
         systems = dict.fromkeys(r["system"] for r in records if r["case"] == case and r["metric"] in _METRICS)
         metrics = [metric for metric in _METRICS if any((case, system, metric) in values for system in systems)]
         best = {metric: max(values.get((case, system, metric), -1.0) for system in systems) for metric in metrics}
@@ -44,8 +46,22 @@ def influence_tables(records: Sequence[dict[str, Any]]) -> str:
                 cells.append(f"**{text}**" if value == best[metric] else text)
             rows.append(f"| {system} | " + " | ".join(cells) + " |")
         tables.append("\n".join(rows))
+    tables += [_alarms(values, alarmed)] if alarmed else []
     tables.append(_times(values))
     return "\n\n".join(tables) + "\n"
+
+
+def _alarms(values: Mapping[tuple[str, str, str], float], cases: Sequence[str]) -> str:
+    """Scores with a tenth left out, and whether they are refused, by setting and system."""
+    systems = list(dict.fromkeys(system for case, system, metric in values if metric == "alarm"))
+    rows = ["| alarm, 10 % | " + " | ".join(systems) + " |", "|---" * (1 + len(systems)) + "|"]
+    for case in cases:
+        cells = [
+            f"{values[case, system, 'lds_drop10']:.3f}" + (", refused" if values[case, system, "alarm"] else "")
+            for system in systems
+        ]
+        rows.append(f"| {case.removeprefix('alarm: ')} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def _times(values: Mapping[tuple[str, str, str], float]) -> str:

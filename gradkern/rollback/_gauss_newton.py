@@ -51,7 +51,8 @@ class GaussNewton:
         self._starts = trajectory.backwards()
         self._is_checked = False
         self._gradients: SampleGradients | None = None
-        self._agrees: dict[Hashable, bool] = {}
+        # By what a step is like: how long the output of a sample is where both ways agree, else 0.
+        self._agrees: dict[Hashable, int] = {}
         self.by_gradients = 0
 
     def add_product(self, step: StepBack, sums: Mapping[int, Tensor]) -> None:
@@ -91,7 +92,9 @@ class GaussNewton:
         like = (frozenset(start.step.log.options["eval"]), tuple(map(len, start.step.ids)), tuple(parameters))
         if like not in self._agrees:
             self._agrees[like] = _agree(gradients, start, parameters)
-        if not self._agrees[like]:
+        length, functions = self._agrees[like], len(next(iter(directions.values())))
+        # Not even tried where it would be the cheaper at best with one eigenvector of several.
+        if not length or not _is_cheaper(gradients, min(2, max(1, length - 1)), functions):
             return None
         return _product_by_gradients(gradients, start, parameters, directions, _ENOUGH)
 
@@ -130,18 +133,22 @@ def _sample_gradients(model: nn.Module, layout: Layout) -> SampleGradients | Non
     return found if found.can_tell_apart else None
 
 
-def _agree(gradients: SampleGradients, start: StepStart, parameters: Mapping[int, nn.Parameter]) -> bool:
-    """Whether both ways give the same product, all eigenvalues taken: samples do not mix, and all is captured."""
+def _agree(gradients: SampleGradients, start: StepStart, parameters: Mapping[int, nn.Parameter]) -> int:
+    """Whether both ways give the same product, all eigenvalues taken: samples do not mix, and all is captured.
+
+    Returns:
+        How long the output of a sample is; 0 where they differ.
+    """
     generator = torch.Generator().manual_seed(0)
     directions = {
         index: torch.randn(1, *each.shape, generator=generator).to(each.device) for index, each in parameters.items()
     }
     found = _product_by_gradients(gradients, start, parameters, directions, 1.0)
     if found is None:
-        return False
+        return 0
     expected = _by_passes(start, parameters, directions)
     apart = norms(found[index] - each for index, each in expected.items())
-    return bool(apart <= _APART * norms(expected.values()))
+    return gradients.length if bool(apart <= _APART * norms(expected.values())) else 0
 
 
 def _product_by_gradients(

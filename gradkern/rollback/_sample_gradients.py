@@ -59,11 +59,13 @@ class SampleGradients:
         paused: See there.
         products: Elements of all matrices, and the same times the tokens that each saw: what one product with all of
             their gradients takes, and what one with the layers takes, of a sample.
+        length: Of a sample's output.
     """
 
     def __init__(self, ownership: Ownership) -> None:
         self.paused = False
         self.products = (0, 0)
+        self.length = 0
         self._layers = ownership.layers
         self._parameters = [stream.parameter for stream in ownership.layout.streams]
         self._samples = 0
@@ -95,7 +97,7 @@ class SampleGradients:
             Of every parameter that the output depends on; one that was used twice comes twice. None where a layer's
             rows are no multiple of the samples.
         """
-        passes, self._fits = [], True
+        passes, self._fits, self.length = [], True, output.shape[1]
         for direction in directions:
             self._samples, self._found, self.products = len(output), [], (0, 0)
             try:

@@ -248,7 +248,10 @@ def test_the_best_of_a_column_stands_out():
             {**record, "system": "ours", "metric": "lds_drop1_interval", "value": 0.25},
             {**record, "system": "theirs", "metric": "lds_drop1", "value": 0.75},
             {**record, "system": "theirs", "metric": "query_ms", "value": 1.0},
+            {**record, "case": "alarm: wild", "system": "ours", "metric": "lds_drop10", "value": 0.25},
+            {**record, "case": "alarm: wild", "system": "ours", "metric": "alarm", "value": 1},
         ]
     )
     scores = "| small | 1 % |\n|---|---|\n| ours | 0.500 ± 0.250 |\n| theirs | **0.750** |\n"
-    assert found == f"{scores}\n| ms a query | small |\n|---|---|\n| theirs | 1.0 |\n"
+    alarms = "| alarm, 10 % | ours |\n|---|---|\n| wild | 0.250, refused |\n"
+    assert found == f"{scores}\n{alarms}\n| ms a query | small |\n|---|---|\n| theirs | 1.0 |\n"
