@@ -24,22 +24,34 @@ _SHARED = "shared"
 # What naming one takes.
 _LEAST_BYTES = 128
 
+# Bytes at either end that are looked at first.
+_ENDS = 64
+
 
 def share_equal(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out tensors that have the dtype and the bytes of an earlier one by name, of whatever shape."""
     kept: dict[str, Tensor] = {}
     shared: dict[str, tuple[str, list[int]]] = {}
     first: dict[tuple[torch.dtype, bytes], str] = {}
-    alike = Counter((tensor.dtype, tensor.nbytes) for tensor in named.values())
+    large = {
+        name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        for name, tensor in named.items()
+        if tensor.nbytes >= _LEAST_BYTES
+    }
+    # Most differ at their ends, and only those that do not are worth a checksum.
+    looks = {
+        name: (named[name].dtype, len(flat), flat[:_ENDS].tobytes(), flat[-_ENDS:].tobytes())
+        for name, flat in large.items()
+    }
+    alike = Counter(looks.values())
     for name, tensor in sorted(named.items()):
-        if tensor.nbytes >= _LEAST_BYTES and alike[tensor.dtype, tensor.nbytes] > 1:
-            flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-            earlier = first.setdefault((tensor.dtype, hashlib.sha256(flat.numpy().data).digest()), name)
+        if name in large and alike[looks[name]] > 1:
+            earlier = first.setdefault((tensor.dtype, hashlib.sha256(large[name].data).digest()), name)
             if earlier != name:
                 shared[name] = (earlier, list(tensor.shape))
                 continue
         # Small ones may still share memory, after a longer tensor was read that was shared, which a file cannot.
-        kept[name] = tensor.clone() if tensor.nbytes < _LEAST_BYTES else tensor
+        kept[name] = tensor if name in large else tensor.clone()
     if shared:
         kept[_SHARED] = to_tensor(shared)
     return kept
