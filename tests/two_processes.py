@@ -21,8 +21,8 @@ def _worker(rank: int, folder: Path, fn: Callable[[int], Any]) -> None:
     torch.save(fn(rank), folder / f"rank{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    # All is done and saved. What C++ destroys at exit is not waited for: there a thread of gloo's that had not been
-    # joined aborted the process in one of many runs ("terminate called without an active exception").
+    # All is done and saved. What C++ destroys at exit is not waited for: presumably it was there that a thread not
+    # yet joined aborted the process, in one of many runs ("terminate called without an active exception").
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
