@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gradkern.rollback import Ledger, Replay
+from gradkern.rollback import Ledger
 from gradkern.rollback._estimators import _MOST_GROWTH, _stacked_gradients
 from gradkern.rollback._gauss_newton import GaussNewton
 from gradkern.rollback._reading import read_segments
@@ -77,8 +77,7 @@ def run_alarm(report: Report) -> None:
 
 
 def _gauss_newton(ledger: Ledger, model: nn.Module, setting: Setting) -> Curvature:
-    replay = Replay(setting.fetch, setting.make_optimizer, nn.functional.cross_entropy)
-    return GaussNewton(ledger._layout, Trajectory(Replayer(ledger._store, model, replay, otherwise="direct")))
+    return GaussNewton(ledger._layout, Trajectory(Replayer(ledger._store, model, setting.replay(), otherwise="direct")))
 
 
 _CURVATURES: Mapping[str, Callable[[Ledger, nn.Module, Setting], Curvature | None]] = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import gradkern as gk
-from gradkern.rollback import Ledger
+from gradkern.rollback import Ledger, Replay
 
 from .peers import data_folder
 
@@ -78,6 +78,10 @@ class Setting:
     def make_optimizer(self, model: nn.Module) -> gk.AdamW:
         """As a run begins with it."""
         return gk.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, max_norm=self.max_norm)
+
+    def replay(self) -> Replay:
+        """What running it again takes."""
+        return Replay(self.fetch, self.make_optimizer, nn.functional.cross_entropy)
 
     def queries(self) -> list[tuple[Tensor, Tensor]]:
         """Every test point as a batch of its own."""

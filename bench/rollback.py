@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradkern.rollback import Replay, finish, mean_over_runs
+from gradkern.rollback import finish, mean_over_runs
 
 from . import attribution
 from .alarm import PlainFisher, run_alarm, swept
@@ -176,7 +176,7 @@ def _scores(report: Report, case: str, setting: Setting, seed: int) -> tuple[dic
         for system, (estimator, mode) in ESTIMATORS.items():
             asked: dict[str, Any] = {"loss_fn": nn.functional.cross_entropy, "estimator": estimator, "mode": mode}
             if estimator in BY_REPLAY:
-                asked["replay"] = _replay(setting)
+                asked["replay"] = setting.replay()
             start = time.perf_counter()
             scores[system] = ledger.scores(model, queries, **asked).scores
             took[system] = time.perf_counter() - start
@@ -205,7 +205,7 @@ def _expected_scores(setting: Setting, seed: int) -> Tensor:
 
 def _undo(report: Report, case: str, setting: Setting) -> None:
     ratios: dict[int, list[float]] = {count: [] for count in FORGOTTEN}
-    replay = _replay(setting)
+    replay = setting.replay()
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             model, ledger = record_run(setting, seed, Path(folder) / "ledger", replayable=True)
@@ -231,15 +231,11 @@ def _self_test(report: Report, case: str, setting: Setting) -> None:
         model, ledger = record_run(setting, SEEDS[0], Path(folder) / "ledger", replayable=True)
         for estimator in ("ref", "direct"):
             start = time.perf_counter()
-            found = ledger.self_test(model, setting.queries(), replay=_replay(setting), estimator=estimator)
+            found = ledger.self_test(model, setting.queries(), replay=setting.replay(), estimator=estimator)
             report.add(case, f"gradkern {estimator}", "self_test_seconds", time.perf_counter() - start, "s")
             report.add(case, f"gradkern {estimator}", "self_test_lds", found.lds, "")
             for end, value in zip(("low", "high"), found.interval, strict=True):
                 report.add(case, f"gradkern {estimator}", f"self_test_lds_{end}", value, "")
-
-
-def _replay(setting: Setting) -> Replay:
-    return Replay(setting.fetch, setting.make_optimizer, nn.functional.cross_entropy)
 
 
 def _finished(report: Report, case: str, setting: Setting) -> None:

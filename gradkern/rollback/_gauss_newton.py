@@ -13,8 +13,8 @@ at many places of a sample, while its gradient for that sample is no larger than
 mix, in the model or in the loss, and have one row of ``z`` each, ``H`` falls apart into an ``H_i`` for each of them,
 and the matrix is the sum of ``e (J_iᵀ v) (J_iᵀ v)ᵀ`` over its eigenvalues ``e`` and their vectors ``v``: one backward
 pass for each that is kept, however many functions there are, and then products with gradients. Of a batch as many are
-kept as have nine tenths of all eigenvalues; in retrainings that was as good as all (see the benchmarks). Both ways are
-compared wherever batches have another size or modules other modes, and of a step the one is taken that costs less.
+kept as have nine tenths of all eigenvalues. Both ways are compared wherever batches have another size or modules other
+modes, and of a step the one is taken that costs less.
 """
 
 from __future__ import annotations
